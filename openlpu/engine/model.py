@@ -1,0 +1,206 @@
+"""In: a model's name or path. Out: Model: prompts to text, tokens to logits.
+
+    model = openlpu.load("smollm2")
+    print(model.generate("Why is the sky blue?"))
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.engine.answer import Result, Stream
+from openlpu.engine.batcher import Engine
+from openlpu.engine.compiled import Compiled, Progress, as_precision, compile_weights
+from openlpu.engine.evaluate import DEFAULT_WINDOW, Perplexity, perplexity
+from openlpu.engine.runner import Runner
+from openlpu.engine.sampling import Sampling, sampling_from
+from openlpu.engine.sequence import Sequence
+from openlpu.errors import RequestError
+from openlpu.load.checkpoint import Checkpoint, open_checkpoint
+from openlpu.load.template import ChatTemplate
+from openlpu.load.tokenizer import Tokenizer
+
+F32 = NDArray[np.float32]
+Messages = Items[Mapping[str, Any]]
+
+
+class Model:
+    """A loaded model with one engine. Not thread-safe: one caller at a time.
+
+    Use it as a context manager, or call `close`, to give its memory back.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, compiled: Compiled, runner: Runner, *, context: int | None = None
+    ) -> None:
+        """context: most tokens of prompt and answer together; None means the model's own."""
+        trained = compiled.graph.context
+        if context is not None and not 1 < context <= trained:
+            raise RequestError(f"context is {context}; give 2 to {trained:,}, the model's own")
+        self.name = checkpoint.name
+        self.checkpoint = checkpoint
+        self.compiled = compiled
+        self.runner = runner
+        self.context = context or trained
+        self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
+        self.engine = Engine(
+            runner, context=self.context, vocab_size=compiled.config.vocab_size
+        )
+        self._template: ChatTemplate | None = None
+
+    # -- text ---------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: str | Messages, *, raw: bool = False, **sampling: Any
+    ) -> Result:
+        """The answer to a prompt, whole.
+
+        prompt: text, which becomes a user's message if the model has a chat template, or messages
+        ({"role": ..., "content": ...}). raw=True takes text as it is. sampling: see Sampling.
+        Raises RequestError (unknown option, prompt too long), TemplateError, NumericOverflow.
+        """
+        return self.stream(prompt, raw=raw, **sampling).result()
+
+    def stream(self, prompt: str | Messages, *, raw: bool = False, **sampling: Any) -> Stream:
+        """The answer piece by piece: an iterator of str. See `generate`.
+
+        Nothing is computed before the first piece is asked for; what is wrong with the request is
+        raised here. Streams may run at the same time; each step serves all of them.
+        """
+        return self.answer(self.prompt_tokens(prompt, raw=raw), sampling_from(sampling))
+
+    def answer(
+        self, tokens: Items[int], sampling: Sampling, *, keep: Sequence | None = None
+    ) -> Stream:
+        """A stream of the answer to prompt tokens. keep: an open sequence to go on with."""
+        sampling = sampling.seeded(secrets.randbits(64))
+        sequence = keep or self.engine.open()
+        try:
+            state = self.engine.ask(
+                sequence, tokens, sampling, end_ids=frozenset(self.tokenizer.eos_ids)
+            )
+        except BaseException:
+            if keep is None:
+                self.engine.close(sequence)
+            raise
+        return Stream(
+            self.engine, sequence, state, self.tokenizer.stream(), closes=keep is None
+        )
+
+    def chat(self, messages: Messages) -> str:
+        """The prompt text that the model's chat template makes of messages.
+
+        Raises RequestError if the model has no template, TemplateError if the template fails.
+        """
+        if self._template is None:
+            source = self.checkpoint.chat_template
+            if source is None:
+                raise RequestError(
+                    f"{self.name} has no chat template; give a plain text prompt (raw)"
+                )
+            bos, *eos = (-1 if i is None else i for i in (self.tokenizer.bos_id, *self.tokenizer.eos_ids))
+            text = self.tokenizer.token_text
+            self._template = ChatTemplate(source, bos=text(bos), eos=text(eos[0] if eos else -1))
+        return self._template.render(messages)
+
+    # -- tokens -------------------------------------------------------------------------------
+
+    def prompt_tokens(self, prompt: str | Messages, *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt as `generate` sees it."""
+        if isinstance(prompt, str):
+            if raw or self.checkpoint.chat_template is None:
+                return self.tokenize(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        elif raw:
+            raise RequestError("raw needs a text prompt; messages go through the chat template")
+        return self.tokenizer.encode(self.chat(prompt), special=True)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of plain text, begun with the model's first token where it wants one.
+
+        Names of control tokens in the text are text.
+        """
+        return self.tokenizer.encode_prompt(text, special=False)
+
+    def detokenize(self, tokens: Items[int]) -> str:
+        """The text of token ids."""
+        return self.tokenizer.decode(list(tokens))
+
+    def logits(self, tokens: Items[int], *, all_rows: bool = False) -> F32:
+        """Logits after `tokens`: float32 [V] of the last one, or [T, V] of all.
+
+        The same bits as at that position of any answer. Raises RequestError for ids outside the
+        vocabulary or more tokens than the context.
+        """
+        sequence = self.engine.open()
+        try:
+            if not all_rows:
+                return self.engine.last_logits(sequence, tokens)
+            return np.concatenate(list(self.engine.score(sequence, tokens)))
+        finally:
+            self.engine.close(sequence)
+
+    def perplexity(self, text: str | Items[int], *, window: int = DEFAULT_WINDOW) -> Perplexity:
+        """How well the model predicts text or tokens; see openlpu.engine.evaluate."""
+        tokens = self.tokenize(text) if isinstance(text, str) else list(text)
+        return perplexity(self.engine, tokens, window=window)
+
+    # -- life ---------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> str:
+        """Hex sha256 over contract, weights and graph: equal identities give equal bits."""
+        return str(getattr(self.runner, "identity", ""))
+
+    def close(self) -> None:
+        """Give the engine's memory back. The model cannot be used afterwards."""
+        self.runner.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_model(
+    name_or_path: str, *, precision: str = "w8", progress: Progress | None = None
+) -> tuple[Checkpoint, Compiled]:
+    """Open a checkpoint, fetched if need be, and run the passes; no tensor is read."""
+    wanted = as_precision(precision)
+    checkpoint = open_checkpoint(name_or_path, progress=progress)
+    return checkpoint, compile_weights(checkpoint.config, checkpoint.weights, precision=wanted)
+
+
+def load(
+    name_or_path: str = "smollm2",
+    *,
+    precision: str = "w8",
+    threads: int | None = None,
+    kernels: str | None = None,
+    context: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a model on the host engine: fetch, compile and pack it, or find it in the cache.
+
+    name_or_path: `smollm2`, a .gguf file, a Hugging Face folder, or org/name of the hub.
+    precision: w8 (8 bits, rotated) or w4 (the checkpoint's own blocks of 32). threads: None means
+    one per usable core. kernels: avx512, avx2 or plain; None means the best there is; none of these
+    changes a bit. context: most tokens of prompt and answer. progress: called with (stage, done,
+    in all). Raises CheckpointError, DownloadError, StoreError, UnsupportedTarget, RequestError.
+    """
+    checkpoint, compiled = open_model(name_or_path, precision=precision, progress=progress)
+    runner = compiled.host(threads=threads, kernels=kernels, progress=progress)
+    return Model(checkpoint, compiled, runner, context=context)

@@ -1,0 +1,79 @@
+"""In: a HostModel or a Reference. Out: Runner, the one face of whatever can compute a step.
+
+The engine above it schedules rows and pages without knowing which of them computes. Rows at
+positions that a slot already has replace them, so a sequence may go back without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.graph import Graph
+from openlpu.graph.step import Batch
+from openlpu.graph.tensors import TensorSource
+from openlpu.reference import Reference
+
+F32 = NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """Computes steps and owns the K/V of every slot. A HostModel is one."""
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows of one step."""
+        ...
+
+    @property
+    def pages(self) -> int:
+        """Pages in the K/V pool."""
+        ...
+
+    def grow(self, pages: int) -> None:
+        """Make the pool this large; what it holds stays."""
+        ...
+
+    def step(self, batch: Batch) -> F32:
+        """Logits float32 [L, V] of the wanted rows; a fresh array."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+class ReferenceRunner:
+    """The slow exact reference as a Runner. It keeps K/V by slot, so pages are only counted."""
+
+    max_rows = 512
+
+    def __init__(self, graph: Graph, source: TensorSource) -> None:
+        self._reference: Reference | None = Reference(graph, source)
+        self.pages = 16
+
+    def grow(self, pages: int) -> None:
+        """Only the count: the reference's arrays grow as they fill."""
+        self.pages = pages
+
+    def step(self, batch: Batch) -> F32:
+        """Logits float32 [L, V] of the wanted rows."""
+        assert self._reference is not None, "the runner is closed"
+        return self._reference.step(batch)
+
+    def close(self) -> None:
+        """Forget weights and K/V."""
+        self._reference = None
+
+
+def page_rows(tables: Iterable[list[int]]) -> NDArray[np.int32]:
+    """Page lists of all slots as int32 [S, P], filled up with page 0."""
+    held = list(tables)
+    width = max((len(pages) for pages in held), default=1)
+    rows = np.zeros((max(1, len(held)), max(1, width)), np.int32)
+    for row, pages in zip(rows, held, strict=False):
+        row[: len(pages)] = pages
+    return rows

@@ -1,0 +1,444 @@
+"""In: a Kit. Out: the two attention kernels: install (rope, quantize, append K/V) and attend.
+
+A unit of work is (row, kv head): the query heads of the group share every loaded line of K and V.
+While each sequence has one row in the step, the thread that installs a unit also attends it, so
+no barrier stands between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from openlpu.graph.step import PAGE
+from openlpu.host.emit import F32, I8, I32, I64, LANES, VB, VF, VI, Kit, Value
+from openlpu.host.gemm import SHAPES, microkernel
+from openlpu.host.kernels import Attention
+from openlpu.host.layout import TASK_ARGS, Context, head_bytes, padded
+from openlpu.host.rows import columns, correction, my_rows, normalize, quantize_span
+from openlpu.numerics.attention import DENOMINATOR_BITS
+from openlpu.numerics.quant import R127, TINY
+
+_LOWEST = float("-inf")
+
+
+# Task arguments after TASK_ARGS: out, q, k, v, quantized queries, layer, q gain, k gain.
+_OUT, _Q, _K, _V, _QUERIES, _LAYER, _Q_GAIN, _K_GAIN = (TASK_ARGS + i for i in range(8))
+
+
+def _units(
+    kit: Kit, op: Attention, args: tuple[Value, ...], body: Callable[[Value, Value], None]
+) -> None:
+    """body(row, kv head) for the thread's units: unit u goes to thread u mod T, because later
+    rows cost more."""
+    context, _, thread, threads = args
+    b = kit.b
+    rows = kit.field(context, Context.ROWS)
+    total = b.mul(rows, kit.i64(op.kv_heads))
+
+    def unit(u: Value) -> None:
+        body(b.sdiv(u, kit.i64(op.kv_heads)), b.srem(u, kit.i64(op.kv_heads)))
+
+    kit.each(thread, total, unit, step=threads)
+
+
+def _page(
+    kit: Kit, op: Attention, args: tuple[Value, ...], row: Value, head: Value
+) -> Callable[[Value], Value]:
+    """Address of the (layer, head) part of the page that holds positions [PAGE*i, PAGE*(i+1))."""
+    context, task = args[0], args[1]
+    b = kit.b
+    slot = b.sext(kit.load(kit.item(kit.pointer(context, Context.SLOTS), row, I32), I32), I64)
+    stride = kit.field(context, Context.PAGE_STRIDE)
+    table = kit.item(kit.pointer(context, Context.PAGE_TABLE), b.mul(slot, stride), I32)
+    layer = kit.field(task, _LAYER)
+    part = b.add(b.mul(layer, kit.i64(op.kv_heads)), head)
+    base = kit.at(kit.pointer(context, Context.KV), b.mul(part, kit.i64(head_bytes(op.head_dim))))
+    page_bytes = kit.field(context, Context.PAGE_BYTES)
+
+    def address(i: Value) -> Value:
+        page = b.sext(kit.load(kit.item(table, i, I32), I32), I64)
+        return kit.at(base, b.mul(page, page_bytes))
+
+    return address
+
+
+def _position(kit: Kit, context: Value, row: Value) -> Value:
+    positions = kit.pointer(context, Context.POSITIONS)
+    return kit.b.sext(kit.load(kit.item(positions, row, I32), I32), I64)
+
+
+def install(kit: Kit, name: str, op: Attention) -> None:
+    """Rope and quantize the unit's queries into scratch, its key and value into the page."""
+    dim, half = op.head_dim, op.head_dim // 2
+    fused_width = padded((op.heads + 2 * op.kv_heads) * dim)
+    with kit.function(name) as args:
+        context, task = args[0], args[1]
+        b = kit.b
+        normal = kit.scratch(F32, dim)
+        turned = kit.scratch(F32, dim)
+        values = kit.scratch(I8, dim)
+
+        def source(field: int, width: int, row: Value, head: Value) -> Value:
+            ld = fused_width if op.fused else padded(width)
+            at = b.add(b.mul(row, kit.i64(ld)), b.mul(head, kit.i64(dim)))
+            return kit.item(kit.pointer(task, field), at, F32)
+
+        def prepared(x: Value, gain: int, position: Value) -> Value:
+            """Head norm and rope, when this op still has them to do."""
+            if not op.fused:
+                return x
+            if op.norm_eps is not None:
+                normalize(kit, x, normal, kit.pointer(task, gain), dim, op.norm_eps)
+                x = normal
+            at = b.mul(position, kit.i64(half))
+            cosines = kit.item(kit.pointer(context, Context.COSINES), at, F32)
+            sines = kit.item(kit.pointer(context, Context.SINES), at, F32)
+            rotate(kit, x, turned, cosines, sines, half)
+            return turned
+
+        def unit(row: Value, head: Value) -> None:
+            position = _position(kit, context, row)
+            page = _page(kit, op, args, row, head)(b.sdiv(position, kit.i64(PAGE)))
+            j = b.srem(position, kit.i64(PAGE))
+            queries = query_base(kit, op, task, row, head)
+
+            def query(g: Value) -> None:
+                which = b.add(b.mul(head, kit.i64(op.group)), g)
+                x = prepared(source(_Q, op.heads * dim, row, which), _Q_GAIN, position)
+                into = kit.at(queries, b.mul(g, kit.i64(op.query_bytes)))
+                scale, total = quantize_span(kit, x, into, kit.i64(0), dim)
+                kit.store(scale, kit.at(into, dim))
+                kit.store(correction(kit, total), kit.at(into, dim + 4))
+
+            kit.each(kit.i64(0), kit.i64(op.group), query)
+            x = prepared(source(_K, op.kv_heads * dim, row, head), _K_GAIN, position)
+            scale, _ = quantize_span(kit, x, values, kit.i64(0), dim)
+            store_key(kit, values, page, j, dim)
+            kit.store(scale, kit.item(kit.at(page, 2 * PAGE * dim), j, F32))
+            x = source(_V, op.kv_heads * dim, row, head)
+            scale, _ = quantize_span(kit, x, values, kit.i64(0), dim)
+            store_value(kit, values, page, j, dim)
+            kit.store(scale, kit.item(kit.at(page, 2 * PAGE * dim + 4 * PAGE), j, F32))
+
+        _units(kit, op, args, unit)
+
+
+def query_base(kit: Kit, op: Attention, task: Value, row: Value, head: Value) -> Value:
+    """Quantized queries of one unit: `group` heads, query_bytes apart."""
+    b = kit.b
+    index = b.add(b.mul(row, kit.i64(op.kv_heads)), head)
+    size = kit.i64(op.group * op.query_bytes)
+    return kit.at(kit.pointer(task, _QUERIES), b.mul(index, size))
+
+
+def rotate(kit: Kit, x: Value, out: Value, cosines: Value, sines: Value, half: int) -> None:
+    """numerics.rope.rotate of one head. Head dims that are no multiple of 32 go by scalars."""
+    b = kit.b
+    kind, step = (VF, LANES) if half % LANES == 0 else (F32, 1)
+
+    def block(i: Value) -> None:
+        upper = b.add(i, kit.i64(half))
+        low, high = kit.load(kit.item(x, i, F32), kind), kit.load(kit.item(x, upper, F32), kind)
+        c, s = kit.load(kit.item(cosines, i, F32), kind), kit.load(kit.item(sines, i, F32), kind)
+        kit.store(b.fsub(b.fmul(low, c), b.fmul(high, s)), kit.item(out, i, F32))
+        kit.store(b.fadd(b.fmul(high, c), b.fmul(low, s)), kit.item(out, upper, F32))
+
+    kit.each(kit.i64(0), kit.i64(half), block, step=step)
+
+
+def rope(kit: Kit, name: str, width: int, *, heads: int) -> None:
+    """Rope as an op of its own. args: out, x."""
+    half = width // heads // 2
+    with kit.function(name) as args:
+        context, task = args[0], args[1]
+        b = kit.b
+        out, x = kit.pointer(task, TASK_ARGS), kit.pointer(task, TASK_ARGS + 1)
+
+        def body(row: Value) -> None:
+            at = b.mul(_position(kit, context, row), kit.i64(half))
+            cosines = kit.item(kit.pointer(context, Context.COSINES), at, F32)
+            sines = kit.item(kit.pointer(context, Context.SINES), at, F32)
+            start = b.mul(row, kit.i64(padded(width)))
+
+            def head(c: Value) -> None:
+                here = b.add(start, c)
+                rotate(kit, kit.item(x, here, F32), kit.item(out, here, F32), cosines, sines, half)
+
+            kit.each(kit.i64(0), kit.i64(width), head, step=2 * half)
+
+        my_rows(kit, args, body)
+
+
+def store_key(kit: Kit, q: Value, page: Value, j: Value, dim: int) -> None:
+    """K block layout: four dims of one position are neighbours."""
+    b = kit.b
+    block = b.mul(b.sdiv(j, kit.i64(LANES)), kit.i64(dim * LANES))
+    lane = b.mul(b.srem(j, kit.i64(LANES)), kit.i64(4))
+    base = kit.at(page, b.add(block, lane))
+    flip = kit.i32(0x80808080 - (1 << 32))
+
+    def four(d: Value) -> None:
+        word = b.xor(kit.load(kit.item(q, d, I32), I32, align=1), flip)
+        kit.store(word, kit.at(base, b.mul(d, kit.i64(4 * LANES))))
+
+    kit.each(kit.i64(0), kit.i64(dim // 4), four)
+
+
+def store_value(kit: Kit, q: Value, page: Value, j: Value, dim: int) -> None:
+    """V block layout: four positions of one dim are neighbours."""
+    b = kit.b
+    base = kit.at(page, PAGE * dim)
+    lane = b.add(b.mul(b.sdiv(j, kit.i64(4)), kit.i64(4 * LANES)), b.srem(j, kit.i64(4)))
+
+    def block(d: Value) -> None:
+        start = kit.at(base, b.add(b.mul(d, kit.i64(PAGE)), lane))
+        for i in range(LANES):
+            byte = b.xor(kit.load(kit.at(q, b.add(d, kit.i64(i))), I8), I8(-128))
+            kit.store(byte, kit.at(start, 4 * i))
+
+    kit.each(kit.i64(0), kit.i64(dim), block, step=LANES)
+
+
+def attend(kit: Kit, name: str, op: Attention) -> None:
+    """numerics.attention.attend for each unit; writes the heads of the group side by side."""
+    dim, group, chunk = op.head_dim, op.group, op.chunk
+    with kit.function(name) as args:
+        context, task = args[0], args[1]
+        b = kit.b
+        unit_state = _Scratch(kit, op)
+
+        def unit(row: Value, head: Value) -> None:
+            position = _position(kit, context, row)
+            page = _page(kit, op, args, row, head)
+            queries = query_base(kit, op, task, row, head)
+            start = kit.i64(0)
+            if op.window:
+                behind = b.sub(position, kit.i64(op.window - 1))
+                start = b.select(b.icmp_signed(">", behind, start), behind, start)
+            first_chunk = b.sdiv(start, kit.i64(chunk))
+            last_chunk = b.add(b.sdiv(position, kit.i64(chunk)), kit.i64(1))
+
+            def one(c: Value) -> None:
+                base = b.mul(c, kit.i64(chunk))
+                low = b.select(b.icmp_signed(">", start, base), start, base)
+                end = b.add(base, kit.i64(chunk - 1))
+                high = b.select(b.icmp_signed("<", position, end), position, end)
+                _chunk(kit, op, unit_state, queries, page, (base, low, high))
+                fresh = b.icmp_signed("==", c, first_chunk)
+                _merge(kit, op, unit_state, fresh)
+
+            kit.each(first_chunk, last_chunk, one)
+            ld = padded(op.heads * dim)
+            at = b.add(b.mul(row, kit.i64(ld)), b.mul(head, kit.i64(group * dim)))
+            out = kit.item(kit.pointer(task, _OUT), at, F32)
+
+            def finish(g: Value) -> None:
+                share = b.fdiv(kit.f32(1.0), kit.load(kit.item(unit_state.total_l, g, F32), F32))
+                from_ = b.mul(g, kit.i64(dim))
+
+                def block(d: Value) -> None:
+                    i = b.add(from_, d)
+                    o = kit.load(kit.item(unit_state.total_o, i, F32), VF)
+                    kit.store(b.fmul(o, kit.splat(share)), kit.item(out, i, F32))
+
+                columns(kit, dim, block)
+
+            kit.each(kit.i64(0), kit.i64(group), finish)
+
+        _units(kit, op, args, unit)
+
+
+class _Scratch:
+    """Stack memory of one attend call."""
+
+    def __init__(self, kit: Kit, op: Attention) -> None:
+        group, dim, chunk = op.group, op.head_dim, op.chunk
+        self.scores = kit.scratch(F32, group * chunk)
+        self.weights = kit.scratch(I8, group * chunk)
+        self.tile = kit.scratch(I32, group * max(PAGE, dim))
+        self.m, self.l = kit.scratch(F32, group), kit.scratch(F32, group)
+        self.o = kit.scratch(F32, group * dim)
+        self.total_m, self.total_l = kit.scratch(F32, group), kit.scratch(F32, group)
+        self.total_o = kit.scratch(F32, group * dim)
+
+
+def _matrix(
+    kit: Kit, x: Value, ldx: int, w: Value, k4: Value, tile: Value, rows: int, blocks: int
+) -> None:
+    """tile += x . w for `rows` rows and `blocks` blocks; the tile is [block panel][rows][16*nr]."""
+    b = kit.b
+    shape = SHAPES[kit.target.name]
+    for first in range(0, rows, shape.rows):
+        count = min(shape.rows, rows - first)
+        wide = shape.single_panel if count <= shape.single_rows else shape.panel
+        done = 0
+        while done < blocks:
+            nr = min(wide, blocks - done)
+            b.call(
+                microkernel(kit, count, nr),
+                [
+                    kit.at(x, first * ldx),
+                    kit.i64(ldx),
+                    kit.at(w, b.mul(k4, kit.i64(64 * done))),
+                    k4,
+                    kit.item(tile, (first * blocks + done * count) * LANES, I32),
+                ],
+            )
+            done += nr
+
+
+def _tile_offset(kit: Kit, rows: int, blocks: int, row: int, block: int) -> int:
+    """Where _matrix leaves (row, block), in i32 elements."""
+    shape = SHAPES[kit.target.name]
+    first = row // shape.rows * shape.rows
+    count = min(shape.rows, rows - first)
+    wide = shape.single_panel if count <= shape.single_rows else shape.panel
+    done = block // wide * wide
+    nr = min(wide, blocks - done)
+    return (first * blocks + done * count + (row - first) * nr + block - done) * LANES
+
+
+def _chunk(
+    kit: Kit,
+    op: Attention,
+    s: _Scratch,
+    queries: Value,
+    page: Callable[[Value], Value],
+    span: tuple[Value, Value, Value],
+) -> None:
+    """m, l and o of one chunk; span = (chunk's first position, first and last visible one)."""
+    b = kit.b
+    base, low, high = span
+    dim, group, chunk = op.head_dim, op.group, op.chunk
+    first_page = b.sdiv(low, kit.i64(PAGE))
+    end_page = b.add(b.sdiv(high, kit.i64(PAGE)), kit.i64(1))
+    lanes = kit.vi(0)
+    for i in range(1, LANES):
+        lanes = b.insert_element(lanes, kit.i32(i), kit.i32(i))
+    low32, high32 = kit.splat(b.trunc(low, I32)), kit.splat(b.trunc(high, I32))
+
+    def visible(j: Value) -> Value:
+        at = b.add(kit.splat(b.trunc(j, I32)), lanes)
+        return b.and_(b.icmp_signed(">=", at, low32), b.icmp_signed("<=", at, high32))
+
+    query_scale, start = [], []
+    for g in range(group):
+        scale = kit.load(kit.at(queries, g * op.query_bytes + dim), F32)
+        query_scale.append(kit.splat(b.fmul(scale, kit.f32(op.factor))))
+        start.append(kit.splat(kit.load(kit.at(queries, g * op.query_bytes + dim + 4), I32)))
+
+    def score_page(i: Value, tops: list[Value]) -> list[Value]:
+        blocks = PAGE // LANES
+        at = page(i)
+        for g in range(group):
+            for n in range(blocks):
+                kit.store(start[g], kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32))
+        k4 = kit.i64(dim // 4)
+        _matrix(kit, queries, op.query_bytes, at, k4, s.tile, group, blocks)
+        first = b.mul(i, kit.i64(PAGE))
+        for n in range(blocks):
+            j = b.add(first, kit.i64(n * LANES))
+            key_scale = kit.load(kit.item(kit.at(at, 2 * PAGE * dim), n * LANES, F32), VF)
+            seen = visible(j)
+            for g in range(group):
+                dot = kit.load(kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32), VI)
+                t = b.fmul(b.sitofp(dot, VF), b.fmul(query_scale[g], key_scale))
+                t = b.select(seen, t, kit.vf(_LOWEST))
+                column = b.add(b.sub(j, base), kit.i64(g * chunk))
+                kit.store(t, kit.item(s.scores, column, F32))
+                tops[g] = kit.maximum(t, tops[g])
+        return tops
+
+    tops = kit.loop(first_page, end_page, 1, [kit.vf(_LOWEST)] * group, score_page)
+    maxima = [kit.reduce_max(top) for top in tops]
+
+    def weigh_page(i: Value, carried: list[Value]) -> list[Value]:
+        at = page(i)
+        first = b.mul(i, kit.i64(PAGE))
+        for n in range(PAGE // LANES):
+            j = b.add(first, kit.i64(n * LANES))
+            value_scale = kit.load(
+                kit.item(kit.at(at, 2 * PAGE * dim + 4 * PAGE), n * LANES, F32), VF
+            )
+            seen = visible(j)
+            for g in range(group):
+                column = kit.item(s.scores, b.add(b.sub(j, base), kit.i64(g * chunk)), F32)
+                e = kit.exp2(b.fsub(kit.load(column, VF), kit.splat(maxima[g])))
+                e = b.select(seen, e, kit.vf(0.0))
+                fixed = kit.rne(b.fmul(e, kit.vf(2.0**DENOMINATOR_BITS)))
+                w = b.select(seen, b.fmul(e, value_scale), kit.vf(0.0))
+                kit.store(w, column)
+                carried[g] = b.add(carried[g], fixed)
+                carried[group + g] = kit.maximum(w, carried[group + g])
+        return carried
+
+    zeros = [kit.vi(0)] * group + [kit.vf(0.0)] * group
+    sums = kit.loop(first_page, end_page, 1, zeros, weigh_page)
+    tops_w = [kit.reduce_max(sums[group + g]) for g in range(group)]
+    steps = []
+    for top in tops_w:
+        usable = b.fcmp_ordered(">=", top, kit.f32(float(TINY)))
+        safe = b.select(usable, top, kit.f32(1.0))
+        step = b.select(usable, b.fdiv(kit.f32(127.0), safe), kit.f32(0.0))
+        steps.append(kit.splat(step))
+
+    def quantize_page(i: Value, totals: list[Value]) -> list[Value]:
+        first = b.sub(b.mul(i, kit.i64(PAGE)), base)
+        for n in range(PAGE // LANES):
+            for g in range(group):
+                column = b.add(first, kit.i64(g * chunk + n * LANES))
+                p = kit.rne(b.fmul(kit.load(kit.item(s.scores, column, F32), VF), steps[g]))
+                kit.store(b.trunc(p, VB), kit.at(s.weights, column))
+                totals[g] = b.add(totals[g], p)
+        return totals
+
+    totals = kit.loop(first_page, end_page, 1, [kit.vi(0)] * group, quantize_page)
+    blocks = dim // LANES
+    for g in range(group):
+        value = kit.splat(correction(kit, kit.reduce_add(totals[g])))
+        for n in range(blocks):
+            kit.store(value, kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32))
+
+    def value_page(i: Value) -> None:
+        first = b.sub(b.mul(i, kit.i64(PAGE)), base)
+        values = kit.at(page(i), PAGE * dim)
+        p = kit.at(s.weights, first)
+        _matrix(kit, p, chunk, values, kit.i64(PAGE // 4), s.tile, group, blocks)
+
+    kit.each(first_page, end_page, value_page)
+    for g in range(group):
+        kit.store(maxima[g], kit.item(s.m, g, F32))
+        total = b.sitofp(kit.reduce_add(sums[g]), F32)
+        kit.store(b.fmul(total, kit.f32(2.0**-DENOMINATOR_BITS)), kit.item(s.l, g, F32))
+        scale = kit.splat(b.fmul(tops_w[g], kit.f32(float(R127))))
+        for n in range(blocks):
+            dot = kit.load(kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32), VI)
+            kit.store(b.fmul(b.sitofp(dot, VF), scale), kit.item(s.o, g * dim + n * LANES, F32))
+
+
+def _merge(kit: Kit, op: Attention, s: _Scratch, fresh: Value) -> None:
+    """Fold the chunk's m, l, o into the totals; the first chunk replaces them."""
+    b = kit.b
+    dim = op.head_dim
+
+    def head(g: Value) -> None:
+        m, l = (kit.load(kit.item(p, g, F32), F32) for p in (s.m, s.l))
+        old_m, old_l = (kit.load(kit.item(p, g, F32), F32) for p in (s.total_m, s.total_l))
+        old_m = b.select(fresh, m, old_m)
+        top = kit.select(b.fcmp_ordered(">", m, old_m), m, old_m)
+        x, y = (kit.exp2(kit.splat(b.fsub(v, top))) for v in (old_m, m))
+        x0, y0 = (b.extract_element(v, kit.i32(0)) for v in (x, y))
+        merged = b.fadd(b.fmul(old_l, x0), b.fmul(l, y0))
+        kit.store(top, kit.item(s.total_m, g, F32))
+        kit.store(b.select(fresh, l, merged), kit.item(s.total_l, g, F32))
+
+        def block(d: Value) -> None:
+            i = b.add(b.mul(g, kit.i64(dim)), d)
+            o = kit.load(kit.item(s.o, i, F32), VF)
+            old = kit.load(kit.item(s.total_o, i, F32), VF)
+            both = b.fadd(b.fmul(old, x), b.fmul(o, y))
+            kit.store(b.select(fresh, o, both), kit.item(s.total_o, i, F32))
+
+        columns(kit, dim, block)
+
+    kit.each(kit.i64(0), kit.i64(op.group), head)

@@ -1,0 +1,245 @@
+"""In: a quantized Graph and its tensors. Out: HostModel, which runs steps on this processor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.errors import NumericOverflow, RequestError
+from openlpu.graph import Batch, Graph, TensorSource
+from openlpu.graph.step import PAGE
+from openlpu.host.codegen import load_kernels
+from openlpu.host.kernels import symbol
+from openlpu.host.layout import (
+    LINE_WORDS,
+    MAX_ROWS,
+    TASK_ARGS,
+    TASK_BARRIER,
+    TASK_KERNEL,
+    TASK_WANTED,
+    TASK_WORDS,
+    Context,
+    padded,
+)
+from openlpu.host.pack import Packed, Piece, open_or_pack
+from openlpu.host.plan import Arg, make_plan
+from openlpu.host.threads import Team
+from openlpu.jit import Loaded, select
+from openlpu.knobs import THREADS
+from openlpu.numerics.rope import cos_sin
+from openlpu.store import Store
+
+MAX_THREADS = 63  # the parked workers of a step are bits of one word
+_FIRST_POSITIONS = 2048  # rope table rows at the start; grows by doubling
+Progress = Callable[[str, int, int], None]
+
+
+def default_threads() -> int:
+    """The knob's, or one per core this process may use."""
+    return THREADS.value or len(os.sched_getaffinity(0))
+
+
+def _aligned(size_bytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory that starts at a cache line; untouched pages cost nothing."""
+    raw = np.zeros(size_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size_bytes]
+
+
+class HostModel:
+    """A model compiled for this processor. One step at a time; not for use by two threads at once.
+
+    max_rows: rows of one step. pages: K/V pages of PAGE positions in the pool. packed_bytes and
+    kv_bytes: sizes of the mapped weights and of the pool. identity: sha256 over contract, graph
+    and tensors. threads and kernels: what runs it.
+    """
+
+    max_rows = MAX_ROWS
+
+    def __init__(
+        self,
+        graph: Graph,
+        packed: Packed,
+        *,
+        store: Store,
+        threads: int,
+        kernels: str | None,
+        pages: int,
+        progress: Progress | None,
+    ) -> None:
+        target = select(kernels)
+        self.graph, self.threads, self.kernels = graph, threads, target.name
+        self.identity, self.packed_bytes = packed.identity, packed.weight_bytes
+        self._packed = packed
+        self._plan = make_plan(graph, threads)
+        code = load_kernels(self._plan.specs, target, store, progress)
+        self._context = _aligned(8 * (Context.WORKERS + LINE_WORDS * threads)).view(np.int64)
+        self._slots = [_aligned(size) for size in self._plan.slots]
+        self._queries = _aligned(self._plan.query_bytes)
+        self._tasks, self._output_at = self._link(code)
+        self._turns = np.array(graph.rope.turns, np.uint64)
+        self._cosines, self._sines = self._rope(_FIRST_POSITIONS)
+        self.page_bytes = self._plan.layers * self._plan.kv_head_bytes
+        self._kv = np.zeros(0, np.uint8)
+        self.pages = 0
+        self.grow(pages)
+        self._set(Context.TASKS, self._tasks.ctypes.data)
+        self._set(Context.TASK_COUNT, len(self._plan.tasks))
+        self._set(Context.THREADS, threads)
+        self._set(Context.PAGE_BYTES, self.page_bytes)
+        self._team = Team(code, self._context, threads)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._kv.shape[0]
+
+    def _set(self, field: Context, value: int) -> None:
+        self._context[field] = value
+
+    def _rope(self, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        tables = cos_sin(self._turns, np.arange(positions), magnitude=self.graph.rope.magnitude)
+        self._set(Context.COSINES, tables[0].ctypes.data)
+        self._set(Context.SINES, tables[1].ctypes.data)
+        return tables
+
+    def _link(self, code: Loaded) -> tuple[NDArray[np.int64], list[int]]:
+        """The task table with addresses; and which of its words hold the output's."""
+        table = _aligned(8 * TASK_WORDS * len(self._plan.tasks)).view(np.int64)
+        output_at: list[int] = []
+        base = self._packed.data.ctypes.data
+        for index, task in enumerate(self._plan.tasks):
+            row = table[index * TASK_WORDS : (index + 1) * TASK_WORDS]
+            row[TASK_KERNEL] = code.address(symbol(task.spec))
+            row[TASK_BARRIER] = task.barrier
+            row[TASK_WANTED] = task.wanted
+            piece = self._packed.pieces.get(task.op, Piece(0, 0, 0, 0))
+            for i, arg in enumerate(task.args, TASK_ARGS):
+                if arg.kind == "value" and arg.name == self._plan.output:
+                    output_at.append(index * TASK_WORDS + i)
+                    continue
+                row[i] = self._address(arg, piece, base)
+        return table, output_at
+
+    def _address(self, arg: Arg, piece: Piece, base: int) -> int:
+        if arg.kind == "number":
+            return arg.offset_bytes
+        if arg.kind == "queries":
+            return self._queries.ctypes.data
+        if arg.kind == "value":
+            slot = self._slots[self._plan.place[arg.name]]
+            return int(slot.ctypes.data) + arg.offset_bytes
+        offset: int = getattr(piece, arg.kind)
+        return base + offset + arg.offset_bytes
+
+    def grow(self, pages: int) -> None:
+        """Make the K/V pool at least `pages` pages; what is in it stays."""
+        if pages <= self.pages:
+            return
+        wider = _aligned(pages * self.page_bytes)
+        wider[: self.kv_bytes] = self._kv
+        self._kv, self.pages = wider, pages
+        self._set(Context.KV, wider.ctypes.data)
+
+    def step(self, batch: Batch) -> NDArray[np.float32]:
+        """Run one step; returns the logits of the wanted rows, float32 [L, V], in fresh memory.
+
+        RequestError if the batch breaks the rules of Batch; NumericOverflow if a wanted row left
+        the finite range.
+        """
+        rows, wanted = batch.tokens.shape[0], batch.wanted.shape[0]
+        arrays = self._checked(batch)
+        if rows == 0:
+            return np.zeros((0, self._plan.output_width), np.float32)
+        last = int(batch.positions.max())
+        if last >= self._cosines.shape[0]:
+            self._cosines, self._sines = self._rope(max(last + 1, 2 * self._cosines.shape[0]))
+        shared = rows > 1 and np.unique(batch.slots).shape[0] < rows
+        for field, value in (
+            (Context.ROWS, rows),
+            (Context.WANTED_ROWS, wanted),
+            (Context.TOKENS, arrays[0].ctypes.data),
+            (Context.POSITIONS, arrays[1].ctypes.data),
+            (Context.SLOTS, arrays[2].ctypes.data),
+            (Context.WANTED, arrays[3].ctypes.data),
+            (Context.PAGE_TABLE, arrays[4].ctypes.data),
+            (Context.PAGE_STRIDE, arrays[4].shape[1]),
+            (Context.SHARED_KV, int(shared)),
+        ):
+            self._context[field] = value
+        logits = np.empty((wanted, padded(self._plan.output_width)), np.float32)
+        for at in self._output_at:
+            self._tasks[at] = logits.ctypes.data
+        self._team.step()
+        logits = logits[:, : self._plan.output_width]
+        if wanted and not np.isfinite(logits[:, 0]).all():
+            raise NumericOverflow("a value left the float32 range in the model; no logits")
+        return logits
+
+    def _checked(self, batch: Batch) -> list[NDArray[np.int32]]:
+        """The batch's arrays as the kernels read them, once they are known to be in bounds:
+        generated code checks nothing."""
+        arrays = [
+            np.ascontiguousarray(a, np.int32)
+            for a in (batch.tokens, batch.positions, batch.slots, batch.wanted, batch.pages)
+        ]
+        tokens, positions, slots, wanted, pages = arrays
+        rows = tokens.shape[0]
+        vocabulary = next(op.params[0].shape[0] for op in self.graph.ops if op.kind == "embed")
+        if rows > self.max_rows or wanted.shape[0] > rows:
+            raise RequestError(f"a step of {rows} rows; at most {self.max_rows} are possible")
+        if not (positions.shape == slots.shape == (rows,)) or pages.ndim != 2:
+            raise RequestError("the arrays of the batch have different lengths")
+        if rows == 0:
+            return arrays
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise RequestError(f"a token id is outside the vocabulary of {vocabulary}")
+        if positions.min() < 0 or slots.min() < 0 or slots.max() >= pages.shape[0]:
+            raise RequestError("a position or slot of the batch is out of range")
+        if wanted.shape[0] and (wanted.min() < 0 or wanted.max() >= rows):
+            raise RequestError("a wanted row is out of range")
+        ends = np.zeros(pages.shape[0], np.int64)
+        np.maximum.at(ends, slots, positions // PAGE + 1)
+        if ends.max() > pages.shape[1]:
+            raise RequestError("a position has no K/V page")
+        used = pages[np.arange(pages.shape[1])[None, :] < ends[:, None]]
+        if used.min() < 0 or used.max() >= self.pages:
+            raise RequestError("a K/V page of the batch is outside the pool")
+        return arrays
+
+    def close(self) -> None:
+        """End the worker threads; the model is of no use afterwards."""
+        self._team.close()
+
+
+def build(
+    graph: Graph,
+    source: TensorSource,
+    *,
+    store: Store,
+    key: str,
+    threads: int | None = None,
+    kernels: str | None = None,
+    pages: int = 16,
+    progress: Progress | None = None,
+) -> HostModel:
+    """Pack (or map) the weights, compile (or map) the kernels, start the threads.
+
+    key names checkpoint, precision and graph: while the cache holds packed weights under it,
+    `source` is not touched. Raises UnsupportedTarget, StoreError, GraphError, CheckpointError.
+    """
+    count = default_threads() if threads is None else threads
+    if not 1 <= count <= MAX_THREADS:
+        raise RequestError(f"threads is {count}; it must be 1 to {MAX_THREADS}")
+    packed = open_or_pack(store, key, graph, source, progress)
+    return HostModel(
+        graph,
+        packed,
+        store=store,
+        threads=count,
+        kernels=kernels,
+        pages=pages,
+        progress=progress,
+    )

@@ -1,0 +1,77 @@
+"""In: nothing. Out: the memory layouts that generated code and Python agree on.
+
+Weights (w8 and blocked formats): bytes [N/16][K/4][16][4] of value + 128, N padded to N_PAD with
+zero weights, so that one 64-byte line feeds one dot4 and a panel of outputs is one stream.
+Matrices of values: row-major float32, leading dimension padded to N_PAD.
+Quantized values: int8 [rows][K], then per row (or group): scale float32, correction int32, which
+is -128 * sum(q) where the target's dot4 is biased, else 0. While a step has at most FEW_ROWS rows
+each thread quantizes them for itself into its own copy: cheaper than a barrier.
+K/V page (PAGE positions), per layer and kv head: K as dot4 blocks of 16 positions
+[PAGE/16][d/4][16][4], V as dot4 blocks of 16 dimensions [d/16][PAGE/4][16][4], both value + 128,
+then PAGE float32 scales of K and of V.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from openlpu.graph.step import PAGE
+
+N_PAD = 64  # outputs; four 16-lane blocks
+FEW_ROWS = 8  # rows up to which a weight line is loaded once and quantizing is done per thread
+MAX_ROWS = 512  # rows of one native step; longer prompts go in chunks
+LINE_WORDS = 8  # 64-bit words of a cache line
+
+
+class Context(IntEnum):
+    """64-bit fields at the head of the context."""
+
+    ROWS = 0
+    WANTED_ROWS = 1
+    TOKENS = 2  # int32 [ROWS]
+    POSITIONS = 3  # int32 [ROWS]
+    SLOTS = 4  # int32 [ROWS]
+    WANTED = 5  # int32 [WANTED_ROWS]
+    PAGE_TABLE = 6  # int32 [slots][PAGE_STRIDE]
+    PAGE_STRIDE = 7
+    KV = 8  # base of the K/V pool
+    PAGE_BYTES = 9
+    COSINES = 10  # float32 [positions][d/2]
+    SINES = 11
+    TASKS = 12
+    TASK_COUNT = 13
+    THREADS = 14
+    SHARED_KV = 15  # 1 when some sequence has several rows in this step
+    GENERATION = 2 * LINE_WORDS  # each of these stands alone in its cache line
+    ARRIVED = 3 * LINE_WORDS
+    PHASE = 4 * LINE_WORDS
+    WORKERS = 5 * LINE_WORDS  # one line per thread: 0 running, 1 parked
+
+
+class Barrier(IntEnum):
+    """What a task's threads do after it."""
+
+    NONE = 0
+    ALWAYS = 1
+    MANY_ROWS = 2  # when the step has more than FEW_ROWS rows of the task's kind
+    SHARED_KV = 3  # when some sequence has several rows in this step
+
+
+TASK_WORDS = 24
+TASK_KERNEL, TASK_BARRIER, TASK_WANTED = 0, 1, 2  # TASK_WANTED: 1 when rows means L
+TASK_ARGS = 3
+
+
+def padded(n: int) -> int:
+    """Outputs or leading dimension, rounded up to N_PAD."""
+    return -(-n // N_PAD) * N_PAD
+
+
+def quantized_bytes(width: int, group: int) -> int:
+    """Bytes of one quantized row: values, then a scale and a correction per row or group."""
+    return -(-(width + 8 * (width // group if group else 1)) // 64) * 64
+
+
+def head_bytes(head_dim: int) -> int:
+    """Bytes of one layer and kv head in a K/V page."""
+    return PAGE * (2 * head_dim + 8)

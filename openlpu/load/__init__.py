@@ -1,0 +1,1 @@
+"""In: a path, an alias or a hub name. Out: a Checkpoint: sizes, weights, tokenizer source."""

@@ -1,0 +1,180 @@
+"""In: Weights and a Param's recipe. Out: its canonical tensor, the same bits on every machine.
+
+Recipes are evaluated in float64, step after step, by blocks of rows; only a step along N (the
+*_out steps) needs a matrix whole. No step adds in an order that depends on the block, and none
+uses BLAS, so neither the block size nor the number of callers' threads can change a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.errors import CheckpointError, GraphError
+from openlpu.graph import F32Tensor, GroupedTensor, Param, RowTensor, Step, Tensor
+from openlpu.graph.ops import BLOCK_FORMATS
+from openlpu.load.weights import Weights
+from openlpu.numerics import GROUP, rotation
+from openlpu.numerics.quant import quantize_weight
+
+F64 = NDArray[np.float64]
+
+_VALUES_AT_ONCE = 1 << 18  # 2 MiB of float64: a few arrays of it stay in a core's cache
+
+
+class Materializer:
+    """A TensorSource over one checkpoint. Holds no state: several threads may share it."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def blocks(self, param: Param) -> Iterator[Tensor]:
+        """The param's rows in order, a few at a time. Raises CheckpointError for a missing
+        tensor, one of another shape, or one that holds an infinity or a NaN."""
+        self._check(param)
+        if len(param.shape) == 1:
+            vector = self._weights.rows(param.source).astype(np.float64)[:, None]
+            yield F32Tensor(_along_k(self._apply(param, vector)[:, 0]))
+            return
+        rows, width = param.shape
+        at_once = max(16, _VALUES_AT_ONCE // width // 16 * 16)  # packers take 16 rows at a time
+        spans = [(at, min(at + at_once, rows)) for at in range(0, rows, at_once)]
+        if param.format in BLOCK_FORMATS:
+            yield from (self._grouped(param, *span) for span in spans)
+        elif any(step.kind.endswith("_out") for step in param.recipe):
+            turned = self._apply(param, self._wide(param))
+            yield from (_formatted(param, turned[slice(*span)]) for span in spans)
+        else:
+            for start, stop in spans:
+                part = self._weights.rows(param.source, start, stop).astype(np.float64)
+                yield _formatted(param, self._apply(param, part))
+
+    def whole(self, param: Param) -> Tensor:
+        """All rows of the param at once."""
+        return _joined(list(self.blocks(param)))
+
+    def _check(self, param: Param) -> None:
+        found = self._weights.shape(param.source)
+        if found != param.shape:
+            raise CheckpointError(
+                f"tensor {param.source} has shape {list(found)}, the configuration says "
+                f"{list(param.shape)}; the files do not belong together"
+            )
+
+    def _wide(self, param: Param) -> F64:
+        """The whole stored matrix as float64, read by parts."""
+        rows, width = param.shape
+        wide = np.empty((rows, width))
+        at_once = max(1, _VALUES_AT_ONCE // width)
+        for at in range(0, rows, at_once):
+            wide[at : at + at_once] = self._weights.rows(param.source, at, min(at + at_once, rows))
+        return wide
+
+    def _apply(self, param: Param, w: F64) -> F64:
+        for step in param.recipe:
+            w = self._step(step, w)
+        return w
+
+    def _step(self, step: Step, w: F64) -> F64:
+        match step.kind, step.args:
+            case "gain", (str(name),):
+                return w * self._weights.rows(name)  # float32 widens exactly
+            case "rotate_in", (int(seed),):
+                return rotation.rotate_last(w, seed=seed)
+            case "rotate_out", (int(seed),):
+                return rotation.rotate_first(w, seed=seed)
+            case "heads_in", (int(heads), int(seed)):
+                return rotation.rotate_heads_last(w, heads, seed=seed)
+            case "heads_out", (int(heads), int(seed)):
+                return rotation.rotate_heads_first(w, heads, seed=seed)
+            case "hadamard_in", ():
+                return rotation.hadamard16_last(w)
+        raise GraphError(f"recipe step {step.kind} {step.args} is not known")
+
+    def _grouped(self, param: Param, start: int, stop: int) -> GroupedTensor:
+        if param.recipe:
+            raise GraphError(f"{param.name}: block format {param.format} takes no recipe")
+        if self._weights.encoding(param.source) == param.format:
+            return unpack_blocks(self._weights.blocks(param.source, start, stop), param.format)
+        if param.format != "q8_0":
+            raise GraphError(f"{param.name}: {param.source} is not stored as {param.format}")
+        return quantize_blocks(self._weights.rows(param.source, start, stop))
+
+
+def unpack_blocks(data: NDArray[np.uint8], encoding: str) -> GroupedTensor:
+    """Stored GGUF blocks uint8 [N, bytes] of 32 values each, without loss.
+
+    q8_0: half scale, 32 int8.  q4_0: half scale, 16 bytes; byte i holds value i in its low and
+    value i + 16 in its high nibble, less 8.  q4_1: half scale, half minimum, 16 bytes likewise.
+    """
+    header = {"q8_0": 2, "q4_0": 2, "q4_1": 4}[encoding]
+    payload = GROUP if encoding == "q8_0" else GROUP // 2
+    rows = data.shape[0]
+    blocks = np.ascontiguousarray(data).reshape(rows, -1, header + payload)
+    halves = np.ascontiguousarray(blocks[..., :header]).view("<f2").astype(np.float32)
+    packed = np.ascontiguousarray(blocks[..., header:])
+    minimum = None
+    if encoding == "q8_0":
+        q = packed.view(np.int8)
+    else:
+        q = np.concatenate([packed & 15, packed >> 4], axis=-1).view(np.int8)
+        if encoding == "q4_0":
+            q = q - np.int8(8)
+        else:
+            minimum = np.ascontiguousarray(halves[..., 1])
+    if not np.isfinite(halves).all():
+        raise CheckpointError(f"a {encoding} block has an infinite scale; fetch the file again")
+    return GroupedTensor(q.reshape(rows, -1), np.ascontiguousarray(halves[..., 0]), minimum)
+
+
+def quantize_blocks(w: NDArray[np.float32]) -> GroupedTensor:
+    """Float32 [N, K] to q8_0: per block of 32, scale = half(amax / 127), q = rne(w / scale).
+
+    Raises CheckpointError where a scale is beyond half precision.
+    """
+    blocks = w.astype(np.float64).reshape(w.shape[0], -1, GROUP)
+    with np.errstate(over="ignore"):
+        scale = (np.abs(blocks).max(axis=-1) / 127.0).astype(np.float16).astype(np.float64)
+    if not np.isfinite(scale).all():
+        raise CheckpointError("a weight is above 8e6, beyond q8_0 blocks; use precision w8")
+    divisor = np.where(scale > 0, scale, np.inf)
+    q = np.clip(np.rint(blocks / divisor[..., None]), -127, 127).astype(np.int8)
+    return GroupedTensor(q.reshape(w.shape), scale.astype(np.float32), None)
+
+
+def _formatted(param: Param, w: F64) -> Tensor:
+    if param.format == "f32":
+        return F32Tensor(_along_k(w))
+    if param.format == "w8":
+        q, scale = quantize_weight(w)
+        if not np.isfinite(scale).all():
+            raise CheckpointError(f"{param.source}: a row leaves the range of float32")
+        return RowTensor(q, scale)
+    raise GraphError(f"{param.name}: format {param.format} is not known")
+
+
+def _along_k(w: F64) -> NDArray[np.float32]:
+    return np.ascontiguousarray(w, dtype=np.float32)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Blocks of rows put together again."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, F32Tensor):
+        return F32Tensor(np.concatenate([p.value for p in parts if isinstance(p, F32Tensor)]))
+    if isinstance(first, RowTensor):
+        rows = [p for p in parts if isinstance(p, RowTensor)]
+        return RowTensor(
+            np.concatenate([p.q for p in rows]), np.concatenate([p.scale for p in rows])
+        )
+    groups = [p for p in parts if isinstance(p, GroupedTensor)]
+    minima = [p.minimum for p in groups if p.minimum is not None]
+    return GroupedTensor(
+        np.concatenate([p.q for p in groups]),
+        np.concatenate([p.scale for p in groups]),
+        np.concatenate(minima) if minima else None,
+    )
