@@ -21,7 +21,7 @@ from openlpu.load.gguf import read_gguf
 from openlpu.load.safetensors import read_safetensors
 
 CASES = 400
-LONGEST_SECONDS = 2.0  # a case takes milliseconds; the rest is for a machine that stalls
+LONGEST_SECONDS = 2.0  # of processor time; a case takes milliseconds
 MOST_BYTES = 24 << 20
 
 
@@ -62,7 +62,7 @@ def outcomes(path: Path, target: Path, contents: Iterable[bytes]) -> list[bool]:
 
 def try_to_load(path: Path) -> bool:
     """Open the checkpoint and read every value; whether that went well. Bounds time and memory."""
-    started = time.perf_counter()
+    started = time.process_time()
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
     try:
@@ -73,7 +73,7 @@ def try_to_load(path: Path) -> bool:
     except LpuError as error:
         assert "\n" not in str(error) and str(error).isprintable()
         sound = False
-    assert time.perf_counter() - started < LONGEST_SECONDS
+    assert time.process_time() - started < LONGEST_SECONDS
     assert tracemalloc.get_traced_memory()[1] - before < MOST_BYTES
     return sound
 

@@ -48,30 +48,29 @@ def test_a_prompt_over_several_chunks_of_attention() -> None:
         assert same_bits(cut, expected)
 
 
-@given(data=st.data())
-@settings(max_examples=12)
-def test_neighbours_change_nothing(data: st.DataObject) -> None:
-    """Random interleavings of four sequences; every row equals the row of the sequence alone."""
-    family = data.draw(st.sampled_from(FAMILIES))
-    lengths = data.draw(st.lists(st.integers(1, 12), min_size=2, max_size=4))
+@given(seed=st.integers(0, 2**32), family=st.sampled_from(FAMILIES))
+@settings(max_examples=15)
+def test_neighbours_change_nothing(seed: int, family: str) -> None:
+    """Random interleavings of up to four sequences; every row is the row of its sequence alone."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 13, rng.integers(2, 5)).tolist()
     sequences = [tiny.random_tokens(n, seed=10 + i) for i, n in enumerate(lengths)]
-    reference = model(family)
+    expected = [alone(family, n, 10 + i) for i, n in enumerate(lengths)]
+    reference, done = model(family), [0] * len(sequences)
     for slot in range(len(sequences)):
         reference.reset(slot)
-    done = [0] * len(sequences)
-    while any(d < len(s) for d, s in zip(done, sequences, strict=True)):
+    while done != lengths:
         rows = []
         for slot, tokens in enumerate(sequences):
-            count = data.draw(st.integers(0, len(tokens) - done[slot]))
+            count = int(rng.integers(0, len(tokens) - done[slot] + 1))
             rows += [(slot, done[slot] + i, tokens[done[slot] + i]) for i in range(count)]
             done[slot] += count
-        if rows:
-            order = data.draw(st.permutations(range(len(rows))))
-            rows = in_order_of_position([rows[i] for i in order])
-            logits = reference.step(tiny.step(rows))
-            for row, (slot, position, _) in zip(logits, rows, strict=True):
-                expected = alone(family, lengths[slot], 10 + slot)[position]
-                assert same_bits(row, expected)
+        if not rows:
+            continue
+        rows = in_order_of_position([rows[i] for i in rng.permutation(len(rows))])
+        logits = reference.step(tiny.step(rows))
+        for row, (slot, position, _) in zip(logits, rows, strict=True):
+            assert same_bits(row, expected[slot][position])
 
 
 def in_order_of_position(rows: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:

@@ -33,7 +33,8 @@ def _package(name: str) -> Path:
 _PIECES = [
     "def f(x):\treturn x**2  # 3.14159265|It's WE'LL they'Ve I'M|  two  spaces   three|\t\ttabs\t",
     "人工智能改变世界，你好！|日本語のテキスト カタカナ|한국어 문장|Привет, мир|العربية مرحبا",
-    "हिन्दी क्षत्रिय|ไทยภาษา|🙂🙃👩‍👩‍👧‍👦🏳️‍🌈 emoji🎉|e\u0301a\u0300o\u0302 n\u0303|Åé ñ ﬁ ½ ² ⅷ ٣٤ ४५ 一二",
+    "हिन्दी क्षत्रिय|ไทยภาษา|🙂🙃👩‍👩‍👧‍👦🏳️‍🌈 emoji🎉|e\u0301a\u0300o\u0302 n\u0303",
+    "Åé ñ ﬁ ½ ² ⅷ ٣٤ ४५ 一二",
     "\u00a0nbsp\u2003em\u200bzw\ufeff|a\r\nb\r\n\r\nc|\n\n\n  \n|12345678901234567890 1,234.5 007",
     "https://a.b/c?d=e&f=g#h|<|im_end|> </s> <0x0A> [INST]|camelCaseHTTPServer XMLHttpRequest",
     'snake_case_2|$%^&*()_+{}|||"quotes" ‘curly’ “x”|\x00\x01\x1b\x7f\x85|ÀÉÎÕÜ ÿ ß ẞ İı',
@@ -142,6 +143,8 @@ def test_gguf_equals_tiktoken(name: str, pre: str) -> None:
     import tiktoken
 
     ranks, pattern = _tiktoken_vocabulary(name)
+    # The first tokens of such a vocabulary are a vocabulary too, and build faster.
+    ranks = {token: rank for token, rank in ranks.items() if rank < 40_000}
     special = ["<|begin_of_text|>", "<|eot_id|>"]
     encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     tokenizer = Tokenizer.from_source(
@@ -214,12 +217,7 @@ def test_deepseek_json_and_gguf_equal_transformers() -> None:
 )
 def test_sentencepiece(version: str) -> None:
     """Ids of sentencepiece itself, and of transformers wherever it agrees with sentencepiece."""
-    from sentencepiece import SentencePieceProcessor
-    from transformers import LlamaTokenizer
-    from transformers.convert_slow_tokenizer import generate_merges
-
-    model = SentencePieceProcessor(model_file=str(_package("mistral_common") / "data" / version))
-    metadata = _ggml_of_sentencepiece(model)
+    model, metadata = _sentencepiece(version)
     ours = Tokenizer.from_source(_source(metadata, bos_id=1, eos_ids=(2,)))
     _assert_same_ids(ours, model.encode)
     assert ours.encode_prompt("x")[0] == 1
@@ -227,9 +225,7 @@ def test_sentencepiece(version: str) -> None:
         ids = ours.encode(line)
         # SentencePiece cannot tell a typed U+2581 from a space.
         assert ours.decode(ids) == line.replace("▁", " ")
-    vocab = {token: index for index, token in enumerate(metadata["tokens"])}
-    scores = dict(zip(metadata["tokens"], metadata["scores"], strict=True))
-    reference = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores))
+    reference = _llama_tokenizer(version)
     for line in LINES:
         # transformers puts no space before a text that starts with one; and its <0x0A> and </s>
         # typed by a user become control tokens.
@@ -237,7 +233,11 @@ def test_sentencepiece(version: str) -> None:
             assert ours.encode(line) == reference.encode(line, add_special_tokens=False), repr(line)
 
 
-def _ggml_of_sentencepiece(model: Any) -> dict[str, Any]:
+@functools.cache
+def _sentencepiece(version: str) -> tuple[Any, dict[str, Any]]:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(_package("mistral_common") / "data" / version))
     size = model.vocab_size()
     kinds = [
         (model.is_unknown, UNKNOWN),
@@ -245,12 +245,23 @@ def _ggml_of_sentencepiece(model: Any) -> dict[str, Any]:
         (model.is_byte, BYTE),
         (lambda _: True, NORMAL),
     ]
-    return {
+    return model, {
         "model": "llama",
         "tokens": [model.id_to_piece(index) for index in range(size)],
         "scores": [model.get_score(index) for index in range(size)],
         "token_type": [next(k for test, k in kinds if test(index)) for index in range(size)],
     }
+
+
+@functools.cache
+def _llama_tokenizer(version: str) -> Any:
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    _, metadata = _sentencepiece(version)
+    vocab = {token: index for index, token in enumerate(metadata["tokens"])}
+    scores = dict(zip(metadata["tokens"], metadata["scores"], strict=True))
+    return LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores), add_bos_token=True)
 
 
 @functools.cache
@@ -317,15 +328,9 @@ def test_smollm2_equals_its_published_pipeline() -> None:
 
 def test_folder_of_transformers(tmp_path: Path) -> None:
     """A directory as save_pretrained writes it, SentencePiece style, BOS in the post-processor."""
-    from sentencepiece import SentencePieceProcessor
-    from transformers import AutoTokenizer, LlamaTokenizer
-    from transformers.convert_slow_tokenizer import generate_merges
+    from transformers import AutoTokenizer
 
-    path = _package("mistral_common") / "data" / "tokenizer.model.v1"
-    metadata = _ggml_of_sentencepiece(SentencePieceProcessor(model_file=str(path)))
-    vocab = {token: index for index, token in enumerate(metadata["tokens"])}
-    scores = dict(zip(metadata["tokens"], metadata["scores"], strict=True))
-    saved = LlamaTokenizer(vocab=vocab, merges=generate_merges(vocab, scores), add_bos_token=True)
+    saved = _llama_tokenizer("tokenizer.model.v1")
     saved.save_pretrained(tmp_path)
     reference = AutoTokenizer.from_pretrained(tmp_path)
     source = TokenizerSource("hf", tmp_path, {}, bos_id=1, eos_ids=(2,), add_bos=False)

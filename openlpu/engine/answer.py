@@ -1,4 +1,4 @@
-"""In: an engine and a sequence with an answer under way. Out: Stream, its text; Result, all of it."""
+"""In: an engine, and a sequence being answered. Out: Stream, its text by pieces; Result, it all."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ F32 = NDArray[np.float32]
 
 
 class Engine:
-    """Runs any number of sequences together on one runner. Not thread-safe: one caller at a time."""
+    """Runs any number of sequences together on one runner; for one caller at a time."""
 
     def __init__(self, runner: Runner, *, context: int, vocab_size: int) -> None:
         """context: most positions of one sequence. vocab_size: token ids are below it."""
@@ -140,12 +140,13 @@ class Engine:
                 row: F32 = logits[0]
                 return row
 
-    def compute(
-        self, plan: Items[tuple[Sequence, int]], *, wanted: Literal["all", "last"]
-    ) -> F32:
+    def compute(self, plan: Items[tuple[Sequence, int]], *, wanted: Literal["all", "last"]) -> F32:
         """One step over the next `rows` pending tokens of each (sequence, rows): logits [L, V] of
         "all" rows, or of the "last" row of each sequence that the step completes."""
-        tokens, positions, slots, rows_wanted = [], [], [], []
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows_wanted: list[int] = []
         for sequence, rows in plan:
             start, stop = sequence.cached, sequence.cached + rows
             self._pages.extend(sequence.pages, stop)

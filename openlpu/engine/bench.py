@@ -106,9 +106,8 @@ def _round(
         ("first token after 30", "ms", first_s * 1e3),
         ("prefill 512", "tokens/s", _prefill(engine, compiled)),
     ]
-    for size in BATCHES:
-        results.append((f"decode {size} sequences", "tokens/s", _decode(engine, compiled, sequences=size)[1]))
-    return results
+    rates = ((size, _decode(engine, compiled, sequences=size)[1]) for size in BATCHES)
+    return results + [(f"decode {size} sequences", "tokens/s", rate) for size, rate in rates]
 
 
 def _prefill(engine: Engine, compiled: Compiled) -> float:

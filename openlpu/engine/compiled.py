@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, cast
+from typing import Literal
 
 from openlpu import __version__
 from openlpu.compiler import compile_graph
@@ -38,7 +38,7 @@ def as_precision(text: str) -> Precision:
     """The precision of that name, or RequestError."""
     if text not in PRECISIONS:
         raise RequestError(f"precision is {text!r}; give one of: {', '.join(PRECISIONS)}")
-    return cast(Precision, text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class Compiled:
 
 
 def compile_weights(
-    config: ModelConfig, weights: Weights, *, precision: Precision = "w8"
+    config: ModelConfig, weights: Weights, *, precision: Precision = "w8", stop: str = ""
 ) -> Compiled:
-    """Run the passes. No tensor is read; takes milliseconds."""
-    stages = compile_graph(config, weights, precision=precision)
+    """Run the passes, all or up to the one named `stop`. No tensor is read."""
+    encodings = {name: weights.encoding(name) for name in weights.names()}
+    stages = compile_graph(config, encodings, precision=precision, stop=stop)
     return Compiled(config, weights, precision, tuple(stages))

@@ -1,9 +1,9 @@
-"""In: an engine and a token list. Out: perplexity, over windows that score every token but the first.
+"""In: an engine and a token list. Out: perplexity, in windows that score all but the first token.
 
-The tokens are cut into consecutive windows. A window begins with nothing in K/V; row i predicts token
-i + 1, and its last row predicts the first token of the next window. So each of the T - 1 tokens after
-the first is scored once, with between 1 and `window` tokens of context. Losses are natural logs,
-taken in float64 from the float32 logits and summed exactly.
+The tokens are cut into consecutive windows. A window begins with nothing in K/V; row i predicts
+token i + 1, and its last row predicts the first token of the next window. So each of the T - 1
+tokens after the first is scored once, with between 1 and `window` tokens of context. Losses are
+natural logs, taken in float64 from the float32 logits and summed exactly.
 """
 
 from __future__ import annotations

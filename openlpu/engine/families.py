@@ -72,7 +72,9 @@ def _weights(shape: tuple[int, ...], key: int) -> NDArray[np.float32]:
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
     quarters = z.view(np.int16).reshape(count, 4).astype(np.float32) / np.float32(2**15)
-    values = quarters.sum(axis=1, dtype=np.float32).reshape(shape)
+    values: NDArray[np.float32] = quarters.sum(axis=1, dtype=np.float32).reshape(shape)
     if len(shape) == 1:
-        return np.float32(1.0) + np.float32(0.25) * values
-    return values * np.float32(shape[1] ** -0.5)
+        values = np.float32(1.0) + np.float32(0.25) * values
+    else:
+        values *= np.float32(shape[1] ** -0.5)
+    return values

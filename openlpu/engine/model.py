@@ -1,7 +1,7 @@
 """In: a model's name or path. Out: Model: prompts to text, tokens to logits.
 
-    model = openlpu.load("smollm2")
-    print(model.generate("Why is the sky blue?"))
+model = openlpu.load("smollm2")
+print(model.generate("Why is the sky blue?"))
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, compiled: Compiled, runner: Runner, *, context: int | None = None
+        self,
+        checkpoint: Checkpoint,
+        compiled: Compiled,
+        runner: Runner,
+        *,
+        context: int | None = None,
     ) -> None:
         """context: most tokens of prompt and answer together; None means the model's own."""
         trained = compiled.graph.context
@@ -50,16 +55,12 @@ class Model:
         self.runner = runner
         self.context = context or trained
         self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
-        self.engine = Engine(
-            runner, context=self.context, vocab_size=compiled.config.vocab_size
-        )
+        self.engine = Engine(runner, context=self.context, vocab_size=compiled.config.vocab_size)
         self._template: ChatTemplate | None = None
 
     # -- text ---------------------------------------------------------------------------------
 
-    def generate(
-        self, prompt: str | Messages, *, raw: bool = False, **sampling: Any
-    ) -> Result:
+    def generate(self, prompt: str | Messages, *, raw: bool = False, **sampling: Any) -> Result:
         """The answer to a prompt, whole.
 
         prompt: text, which becomes a user's message if the model has a chat template, or messages
@@ -90,9 +91,7 @@ class Model:
             if keep is None:
                 self.engine.close(sequence)
             raise
-        return Stream(
-            self.engine, sequence, state, self.tokenizer.stream(), closes=keep is None
-        )
+        return Stream(self.engine, sequence, state, self.tokenizer.stream(), closes=keep is None)
 
     def chat(self, messages: Messages) -> str:
         """The prompt text that the model's chat template makes of messages.
@@ -105,7 +104,9 @@ class Model:
                 raise RequestError(
                     f"{self.name} has no chat template; give a plain text prompt (raw)"
                 )
-            bos, *eos = (-1 if i is None else i for i in (self.tokenizer.bos_id, *self.tokenizer.eos_ids))
+            bos, *eos = (
+                -1 if i is None else i for i in (self.tokenizer.bos_id, *self.tokenizer.eos_ids)
+            )
             text = self.tokenizer.token_text
             self._template = ChatTemplate(source, bos=text(bos), eos=text(eos[0] if eos else -1))
         return self._template.render(messages)
@@ -176,12 +177,20 @@ class Model:
 
 
 def open_model(
-    name_or_path: str, *, precision: str = "w8", progress: Progress | None = None
+    name_or_path: str,
+    *,
+    precision: str = "w8",
+    stop: str = "",
+    progress: Progress | None = None,
 ) -> tuple[Checkpoint, Compiled]:
-    """Open a checkpoint, fetched if need be, and run the passes; no tensor is read."""
+    """Open a checkpoint, fetched if need be, and run the passes, all or up to `stop`.
+
+    No tensor is read.
+    """
     wanted = as_precision(precision)
     checkpoint = open_checkpoint(name_or_path, progress=progress)
-    return checkpoint, compile_weights(checkpoint.config, checkpoint.weights, precision=wanted)
+    compiled = compile_weights(checkpoint.config, checkpoint.weights, precision=wanted, stop=stop)
+    return checkpoint, compiled
 
 
 def load(

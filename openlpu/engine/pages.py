@@ -1,4 +1,4 @@
-"""In: how many positions a sequence needs. Out: page numbers of the K/V pool, each lent to one sequence.
+"""In: how many positions a sequence needs. Out: pages of the K/V pool, each lent to one sequence.
 
 The pool belongs to a runner and grows by doubling, so a short chat never pays for a long context.
 """
@@ -46,8 +46,7 @@ class PageTable:
         missing = pages_for(positions) - len(held)
         if missing > len(self._free):
             self._grow(missing - len(self._free))
-        for _ in range(missing):
-            held.append(self._free.pop())
+        held += [self._free.pop() for _ in range(missing)]
 
     def release(self, held: list[int], *, keep: int = 0) -> None:
         """Take back the pages of `held` beyond those that cover `keep` positions."""
@@ -61,7 +60,11 @@ class PageTable:
         least = before + missing
         if self._limit is not None and least > self._limit:
             raise DoesNotFit(
-                "the K/V pool", least, self._limit, "pages", ("a shorter context", "fewer sequences")
+                "the K/V pool",
+                least,
+                self._limit,
+                "pages",
+                ("a shorter context", "fewer sequences"),
             )
         wanted = max(least, 2 * before)
         self._pool.grow(wanted if self._limit is None else min(wanted, self._limit))

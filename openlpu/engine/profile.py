@@ -1,7 +1,7 @@
-"""In: the stages of a Compiled. Out: per stage, its ops, bytes that pass between them, and its time.
+"""In: the stages of a Compiled. Out: per stage, its ops, the bytes between them, its time.
 
-Times are those of one layer with random weights of the model's sizes: they do not depend on values,
-and a layer is packed in a moment where the whole model would take minutes for all its stages.
+Times are those of one layer with random weights of the model's sizes: they do not depend on
+values, and one layer is packed in a moment where all stages of the whole model take minutes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def weight_bytes(graph: Graph) -> int:
         count = 1
         for size in param.shape:
             count *= size
-        total += count * _BITS[param.format] / 8 + (4 * param.shape[0] if param.format == "w8" else 0)
+        total += count * _BITS[param.format] / 8 + (
+            4 * param.shape[0] if param.format == "w8" else 0
+        )
     return int(total)
 
 
@@ -77,7 +79,10 @@ def bytes_per_row(graph: Graph) -> int:
     """Bytes written and read between ops for one row whose logits are wanted."""
     known = types(graph)
     return sum(
-        _row_bytes(known[name]) for op in graph.ops for name in (op.out, *op.src) if name != "tokens"
+        _row_bytes(known[name])
+        for op in graph.ops
+        for name in (op.out, *op.src)
+        if name != "tokens"
     )
 
 

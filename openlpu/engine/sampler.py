@@ -55,8 +55,8 @@ def random_bits(seed: int, position: int) -> int:
 def choose(logits: F32, sampling: Sampling, *, tokens: Sequence[int], prompt_length: int) -> int:
     """The token that follows `tokens`, of which the first `prompt_length` are the prompt.
 
-    logits [V] are not changed. The token's position is len(tokens); sampling.seed must be set unless
-    greedy. Raises NumericOverflow if a logit is infinite or NaN.
+    logits [V] are not changed. The token's position is len(tokens); sampling.seed must be set
+    unless greedy. Raises NumericOverflow if a logit is infinite or NaN.
     """
     if sampling.penalized:
         logits = penalize(logits, sampling, tokens=tokens, prompt_length=prompt_length)
@@ -73,9 +73,7 @@ def choose(logits: F32, sampling: Sampling, *, tokens: Sequence[int], prompt_len
     return draw(logits, sampling, random_bits(sampling.seed, len(tokens)))
 
 
-def penalize(
-    logits: F32, sampling: Sampling, *, tokens: Sequence[int], prompt_length: int
-) -> F32:
+def penalize(logits: F32, sampling: Sampling, *, tokens: Sequence[int], prompt_length: int) -> F32:
     """A copy of logits [V] with the penalties taken off: repetition first, then the other two."""
     out = logits.copy()
     seen = np.unique(np.asarray(tokens, np.int64))
@@ -140,7 +138,8 @@ def weigh(t: F32) -> F32:
     exponent <<= np.int32(23)
     p *= exponent.view(np.float32)
     p *= np.float32(2.0**WEIGHT_BITS)
-    return np.rint(p, out=p)
+    np.rint(p, out=p)
+    return p
 
 
 def _largest(values: F32, count: int) -> I64:

@@ -1,7 +1,7 @@
 """In: a model. Out: for each bit claim, how many cases were compared and how many bits differed.
 
-Everything is run on the machine at hand: the host engine against the numpy reference, against itself
-with other threads, batches, pieces and kernels, and against a second process. Prompts are
+Everything is run on the machine at hand: the host engine against the numpy reference, against
+itself with other threads, batches, pieces and kernels, and against a second process. Prompts are
 pseudo-random tokens of the whole vocabulary, so that no claim leans on ordinary text.
 """
 
@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from openlpu.engine.families import FAMILIES, random_model
 from openlpu.engine.model import open_model
 from openlpu.engine.runner import Runner
 from openlpu.engine.sampler import random_bits
+from openlpu.engine.sequence import Sequence
 from openlpu.errors import UnsupportedTarget
 from openlpu.store import Store
 
@@ -72,7 +74,7 @@ def random_tokens(count: int, vocab_size: int, *, seed: int = 0) -> list[int]:
     return [random_bits(seed, i) * vocab_size >> 64 for i in range(count)]
 
 
-def rows_of(runner: Runner, compiled: Compiled, tokens: Sequence[int], piece: int = 512) -> F32:
+def rows_of(runner: Runner, compiled: Compiled, tokens: Items[int], piece: int = 512) -> F32:
     """Logits [n, V] of up to 32 rows spread over the prompt, computed `piece` rows at a time."""
     engine = engine_for(runner, compiled)
     kept = np.zeros(len(tokens), bool)
@@ -90,9 +92,7 @@ def rows_of(runner: Runner, compiled: Compiled, tokens: Sequence[int], piece: in
 
 def engine_for(runner: Runner, compiled: Compiled) -> Engine:
     """An engine with the model's own context."""
-    return Engine(
-        runner, context=compiled.graph.context, vocab_size=compiled.config.vocab_size
-    )
+    return Engine(runner, context=compiled.graph.context, vocab_size=compiled.config.vocab_size)
 
 
 def verify(
@@ -136,7 +136,7 @@ def _claim(
     )
 
 
-def _tokens_text(lengths: Sequence[int]) -> str:
+def _tokens_text(lengths: Items[int]) -> str:
     return ", ".join(f"{n:,}" for n in lengths) + " tokens"
 
 
@@ -144,7 +144,7 @@ def _against_reference(
     compiled: Compiled,
     prompts: dict[int, list[int]],
     base: dict[int, F32],
-    lengths: Sequence[int],
+    lengths: Items[int],
 ) -> Iterator[Claim]:
     reference = compiled.reference()
     for n in lengths:
@@ -188,7 +188,9 @@ def _batches(host: Runner, compiled: Compiled, *, base_tokens: list[int]) -> Cla
     started_s, found = time.perf_counter(), Differences()
     size = max(BATCHES)
     vocab_size = compiled.config.vocab_size
-    prompts = [base_tokens[: 5 + i % 20] + random_tokens(9, vocab_size, seed=i) for i in range(size)]
+    prompts = [
+        base_tokens[: 5 + i % 20] + random_tokens(9, vocab_size, seed=i) for i in range(size)
+    ]
     alone = [_decoded(host, compiled, [tokens])[0] for tokens in prompts]
     for count in BATCHES:
         together = _decoded(host, compiled, prompts[:count])
@@ -203,11 +205,10 @@ def _decoded(host: Runner, compiled: Compiled, prompts: list[list[int]]) -> list
     engine, last = engine_for(host, compiled), 4
     sequences = [engine.open() for _ in prompts]
     try:
-        steps = []
         for sequence, tokens in zip(sequences, prompts, strict=True):
             sequence.tokens = tokens[:-last]
-            steps.append(None)
-        plan, rows = [], []
+        plan: list[tuple[Sequence, int]] = []
+        rows: list[F32] = []
         for sequence in sequences:  # prompts together, as many as fit one step
             if sum(r for _, r in plan) + sequence.pending > host.max_rows:
                 rows.append(engine.compute(plan, wanted="last"))
@@ -225,9 +226,7 @@ def _decoded(host: Runner, compiled: Compiled, prompts: list[list[int]]) -> list
             engine.close(sequence)
 
 
-def _threads(
-    compiled: Compiled, prompts: dict[int, list[int]], base: dict[int, F32]
-) -> Claim:
+def _threads(compiled: Compiled, prompts: dict[int, list[int]], base: dict[int, F32]) -> Claim:
     started_s, found = time.perf_counter(), Differences()
     for threads in THREADS:
         with closing(compiled.host(threads=threads)) as host:
@@ -241,7 +240,7 @@ def _kernels(
     compiled: Compiled,
     prompts: dict[int, list[int]],
     base: dict[int, F32],
-    lengths: Sequence[int],
+    lengths: Items[int],
 ) -> Iterator[Claim]:
     for kernels in KERNELS:
         started_s, found = time.perf_counter(), Differences()
@@ -281,7 +280,7 @@ def digest(name_or_path: str, precision: str, length: str) -> None:
     sys.stdout.buffer.write(hashlib.sha256(rows.tobytes()).digest())
 
 
-def _packing(compiled: Compiled, identity: str, *, times: Sequence[int]) -> Claim:
+def _packing(compiled: Compiled, identity: str, *, times: Items[int]) -> Claim:
     """Pack again into an empty cache, once for each thread count."""
     started_s, found = time.perf_counter(), Differences()
     expected = np.frombuffer(identity.encode(), np.uint8)

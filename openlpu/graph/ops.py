@@ -90,6 +90,8 @@ def weights_and_biases(op: Op) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _linear(op: Op, src: tuple[Value, ...]) -> Value:
+    _demand(bool(src), op, "takes a source")
+    _demand(op.integer("weights", 1) > 0, op, "has no weights")
     weight_at, bias_at = weights_and_biases(op)
     _demand(len(weight_at) <= len(op.params), op, "has fewer params than weights")
     weights = [op.params[i] for i in weight_at]
@@ -136,9 +138,12 @@ def _rope(op: Op, src: tuple[Value, ...]) -> Value:
 def _attention(op: Op, src: tuple[Value, ...]) -> Value:
     heads, kv_heads = op.integer("heads"), op.integer("kv_heads")
     dim = op.integer("head_dim")
+    _demand(heads > 0 and kv_heads > 0 and dim > 0, op, "has no heads")
     _demand(heads % kv_heads == 0, op, "heads is not a multiple of kv_heads")
     _demand(op.text("format", "i8") in ("i8", "f32"), op, "format is i8 or f32")
-    _demand(op.integer("chunk", CHUNK) % 64 == 0, op, "chunk is not a multiple of 64")
+    chunk = op.integer("chunk", CHUNK)
+    _demand(chunk > 0 and chunk % 64 == 0, op, "chunk is not a multiple of 64")
+    _demand(op.integer("window", 0) >= 0, op, "window is negative")
     widths = (heads * dim, kv_heads * dim, kv_heads * dim)
     if len(src) == 1:  # q, k and v in one matrix, rope (and head norms) included
         _demand(src[0].width == sum(widths), op, "the fused source has another width")
@@ -201,16 +206,26 @@ def infer(op: Op, src: tuple[Value, ...]) -> Value:
     return OPS[op.kind].infer(op, src)
 
 
+def admit(op: Op, known: dict[str, Value]) -> None:
+    """Add the type of op's result to the types of the ops before it, or raise GraphError."""
+    if op.out in known:
+        raise GraphError(f"%{op.out} is defined twice")
+    for name in op.src:
+        if name not in known:
+            raise GraphError(f"{op.kind} %{op.out} uses %{name} before it is defined")
+    known[op.out] = infer(op, tuple(known[name] for name in op.src))
+
+
+def inputs() -> dict[str, Value]:
+    """The types of what every graph begins with."""
+    return {"tokens": Value("ids", "R", 1)}
+
+
 def types(graph: Graph) -> Mapping[str, Value]:
     """Type of every value of the graph; raises GraphError where shapes or kinds do not meet."""
-    known: dict[str, Value] = {"tokens": Value("ids", "R", 1)}
+    known = inputs()
     for op in graph.ops:
-        if op.out in known:
-            raise GraphError(f"%{op.out} is defined twice")
-        for name in op.src:
-            if name not in known:
-                raise GraphError(f"{op.kind} %{op.out} uses %{name} before it is defined")
-        known[op.out] = infer(op, tuple(known[name] for name in op.src))
+        admit(op, known)
     if known.get(graph.output, Value("", "", 0)).kind != "f32":
         raise GraphError(f"the output %{graph.output} is not a defined f32 value")
     return known

@@ -20,7 +20,7 @@ from typing import Any
 
 from openlpu.errors import GraphError
 from openlpu.graph.ir import Attr, Graph, Op, Param, RopeTable, Step, Value
-from openlpu.graph.ops import types
+from openlpu.graph.ops import admit, inputs, types
 
 _LONGEST_TEXT = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
@@ -95,12 +95,11 @@ def loads(text: str) -> Graph:
     name, context, output = _on_line(1, lines[0], _Reader.header)
     meta = _on_line(2, lines[1], _Reader.meta)
     rope = _on_line(3, lines[2], _Reader.rope)
-    found = [_on_line(i, line, _Reader.op) for i, line in enumerate(lines[3:], 4)]
-    graph = Graph(name, context, rope, tuple(op for op, _ in found), output, meta)
-    known = types(graph)
-    for number, (op, declared) in enumerate(found, 4):
-        if known[op.out] != declared:
-            raise GraphError(f"line {number}: %{op.out} is {_value(known[op.out])}")
+    known, ops = inputs(), []
+    for number, line in enumerate(lines[3:], 4):
+        ops.append(_on_line(number, line, lambda reader: reader.admitted_op(known)))
+    graph = Graph(name, context, rope, tuple(ops), output, meta)
+    types(graph)
     return graph
 
 
@@ -152,6 +151,13 @@ class _Reader:
         if not self.done():
             turns = self.several(lambda: int(self.match(_TURN, "a turn as 0x and 16 digits"), 16))
         return RopeTable(tuple(turns), magnitude)
+
+    def admitted_op(self, known: dict[str, Value]) -> Op:
+        op, declared = self.op()
+        admit(op, known)
+        if known[op.out] != declared:
+            raise GraphError(f"%{op.out} is {_value(known[op.out])}, not {_value(declared)}")
+        return op
 
     def op(self) -> tuple[Op, Value]:
         self.mark("%")

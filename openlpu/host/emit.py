@@ -266,12 +266,14 @@ class Kit:
             return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", VI, [acc, block, x])
         if self.target.name == "avx2":
             return self._dot4_avx2(acc, block, spread)
+        # Pairs of products fit 16 bits: 2 * 128 * 127 < 2**15.
+        wide, quads = ir.VectorType(I16, 64), ir.VectorType(I32, 32)
         signed = b.xor(block, ir.Constant(BLOCK, [-128] * 64))
-        wide = ir.VectorType(I32, 64)
         product = b.mul(b.sext(signed, wide), b.sext(self.bits(spread, BLOCK), wide))
-        for phase in range(4):
-            acc = b.add(acc, self.shuffle(product, [4 * i + phase for i in range(LANES)]))
-        return acc
+        even, odd = (self.shuffle(product, range(i, 64, 2)) for i in range(2))
+        pairs = b.sext(b.add(even, odd), quads)
+        even, odd = (self.shuffle(pairs, range(i, 32, 2)) for i in range(2))
+        return b.add(acc, b.add(even, odd))
 
     def _dot4_avx2(self, acc: Value, block: Value, spread: Value) -> Value:
         """|w| * (x with w's sign): pairs stay below 128 * 127 * 2 < 2**15, so nothing saturates."""

@@ -222,6 +222,7 @@ def _grouped(kit: Kit, name: str, op: Linear) -> None:
     groups = op.k // GROUP
     row_bytes = quantized_bytes(op.k, GROUP)
     lines = GROUP // 4
+    unroll = lines if kit.target.name == "avx512" else 1
     with kit.function(name) as (context, task, thread, threads):
         b = kit.b
         rows = row_count(kit, context, task)
@@ -246,15 +247,24 @@ def _grouped(kit: Kit, name: str, op: Linear) -> None:
                     at = b.add(at, kit.i64(4 * groups))
                     total.append(kit.load(kit.at(at_row[m], at), I32))
                 start = [b.mul(t, kit.i32(-128)) if kit.biased else kit.i32(0) for t in total]
-                acc = [kit.splat(start[m]) for m in range(mr) for _ in range(nr)]
-                for k in range(lines):
-                    line = b.mul(b.add(b.mul(g, kit.i64(lines)), kit.i64(k)), kit.i64(LINE_BYTES))
-                    blocks = [kit.load(kit.at(s, line), BLOCK) for s in stream]
-                    for m in range(mr):
-                        at = b.add(b.mul(g, kit.i64(GROUP)), kit.i64(4 * k))
-                        x4 = kit.load(kit.at(at_row[m], at), I32)
-                        for n in range(nr):
-                            acc[m * nr + n] = kit.dot4(acc[m * nr + n], blocks[n], x4)
+                first_acc = [kit.splat(start[m]) for m in range(mr) for _ in range(nr)]
+
+                def line(k: Value, acc: list[Value]) -> list[Value]:
+                    for u in range(unroll):
+                        at = b.add(k, kit.i64(u))
+                        here = b.add(b.mul(g, kit.i64(lines)), at)
+                        blocks = [
+                            kit.load(kit.at(s, b.mul(here, kit.i64(LINE_BYTES))), BLOCK)
+                            for s in stream
+                        ]
+                        for m in range(mr):
+                            x4 = kit.load(kit.item(at_row[m], here, I32), I32)
+                            for n in range(nr):
+                                i = m * nr + n
+                                acc[i] = kit.dot4(acc[i], blocks[n], x4)
+                    return acc
+
+                acc = kit.loop(kit.i64(0), kit.i64(lines), unroll, first_acc, line)
                 for n in range(nr):
                     at = b.add(b.mul(b.add(block, kit.i64(n)), kit.i64(groups)), g)
                     at = b.mul(at, kit.i64(LANES))

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from openlpu.errors import CheckpointError
 from openlpu.load import config as configs
 from openlpu.load.config import ModelConfig
+from openlpu.load.fields import Fields, shown
 from openlpu.load.gguf import GgufFile, read_gguf
 from openlpu.load.hub import ALIASES, HUB_NAME, Progress, pull
 from openlpu.load.jsonfile import read_object, read_optional
@@ -219,17 +220,15 @@ def _gguf_tokenizer(metadata: Mapping[str, Any], vocab_size: int) -> TokenizerSo
         return _token_ids(metadata.get(full), vocab_size, full)
 
     # Files from before the key existed: SentencePiece models and Llama 3 start with it.
-    starts = (
-        metadata.get("tokenizer.ggml.model") == "llama"
-        or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    )
+    read = Fields(metadata, "GGUF metadata", prefix="tokenizer.ggml.")
+    starts = read.text("model", "") == "llama" or read.text("pre", "") == "llama-bpe"
     return TokenizerSource(
         kind="gguf",
         folder=None,
         metadata=metadata,
         bos_id=next(iter(ids("bos")), None),
         eos_ids=tuple(dict.fromkeys(ids("eos") + ids("eot") + ids("eom"))),
-        add_bos=metadata.get("tokenizer.ggml.add_bos_token", starts) is True,
+        add_bos=read.flag("add_bos_token", starts),
     )
 
 
@@ -238,6 +237,6 @@ def _token_ids(value: object, vocab_size: int, key: str) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(v) is int and 0 <= v < vocab_size for v in values):
         raise CheckpointError(
-            f"{key} = {str(value)[:80]!r} names no token of {vocab_size}; fetch the model again"
+            f"{key} = {shown(value)} names no token of {vocab_size}; fetch the model again"
         )
     return tuple(values)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from openlpu.errors import CheckpointError, UnsupportedModel
-from openlpu.load.fields import Fields
+from openlpu.load.fields import Fields, shown
 from openlpu.load.rope import Rope, rope_from_gguf, rope_from_hf
 
 __all__ = ["Arch", "ModelConfig", "Rope", "from_gguf", "from_hf"]
@@ -96,6 +96,7 @@ _HF_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "query_pre_attn_scalar": (None,),
     "partial_rotary_factor": (None, 1),
     "rotary_pct": (None, 1),
+    "use_mrope": (None, False),
     "rope_interleaved": (None, False),
     "rope_interleave": (None, False),
     "no_rope_layers": (None, []),
@@ -241,9 +242,9 @@ def from_gguf(
 
 
 def _supported(arch: object, known: Collection[str]) -> Arch:
-    if arch not in known:
+    if not isinstance(arch, str) or arch not in known:
         raise UnsupportedModel(
-            f"architecture {str(arch)[:80]!r} is not supported; supported are {', '.join(known)}"
+            f"architecture {shown(arch)} is not supported; supported are {', '.join(known)}"
         )
     return cast(Arch, arch)
 
@@ -253,7 +254,7 @@ def _refuse_other_heads(architectures: object) -> None:
     names = architectures if isinstance(architectures, list) else []
     if names and not any(isinstance(n, str) and n.endswith("ForCausalLM") for n in names):
         raise UnsupportedModel(
-            f"config.json: architectures {str(names)[:80]} is not a language model (…ForCausalLM)"
+            f"config.json: architectures {shown(names)} is not a language model (…ForCausalLM)"
         )
 
 

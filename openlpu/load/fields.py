@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,13 @@ class Fields:
             raise self._wrong(key, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
+    def text(self, key: str, default: str) -> str:
+        """A text; `default` if the key is missing."""
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a text")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false; `default` if the key is missing."""
         value = self._scalar(key, default)
@@ -49,9 +57,9 @@ class Fields:
         """UnsupportedModel for the first key that is present with none of its neutral values."""
         for key, allowed in neutral.items():
             if key in self.values and not any(_same(self.values[key], a) for a in allowed):
-                shown = str(self.values[key])[:80]
                 raise UnsupportedModel(
-                    f"{self.where}: option {self.prefix}{key} = {shown} is not supported"
+                    f"{self.where}: option {self.prefix}{key} = {shown(self.values[key])} "
+                    "is not supported"
                 )
 
     def _scalar(self, key: str, default: Any) -> Any:
@@ -68,10 +76,17 @@ class Fields:
         return value
 
     def _wrong(self, key: str, value: object, expected: str) -> CheckpointError:
-        shown = str(value)[:80]
         return CheckpointError(
-            f"{self.where}: {self.prefix}{key} = {shown!r} is not {expected}; the file is damaged"
+            f"{self.where}: {self.prefix}{key} = {shown(value)} is not {expected}; "
+            "the file is damaged"
         )
+
+
+def shown(value: object) -> str:
+    """Any value on one line of printable text, cut to 80 characters, in little time."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 80
+    return " ".join(brief.repr(value).split())[:80]
 
 
 def _same(value: object, allowed: object) -> bool:

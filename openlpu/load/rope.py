@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from openlpu.errors import CheckpointError, UnsupportedModel
-from openlpu.load.fields import Fields
+from openlpu.load.fields import Fields, shown
 
 RopeKind = Literal["none", "linear", "llama3", "yarn"]
 
@@ -72,11 +72,11 @@ def rope_from_hf(read: Fields, context: int) -> Rope:
     scaling = Fields({k: v for k, v in given.items() if v is not None}, "config.json", "rope ")
     theta_in = scaling if "rope_theta" in scaling.values else read
     theta = theta_in.number("rope_theta", 10000.0, low=1.0, high=1e15)
-    kind = scaling.values.get("rope_type", scaling.values.get("type", "default"))
-    kind = cast(RopeKind, "none" if kind == "default" else kind)
+    named = scaling.text("rope_type", scaling.text("type", "default"))
+    kind = cast(RopeKind, "none" if named == "default" else named)
     if kind not in _ROPE_KEYS:
         raise UnsupportedModel(
-            f"config.json: rope type {str(kind)[:80]!r} is not supported; "
+            f"config.json: rope type {shown(named)} is not supported; "
             f"supported are default, {', '.join(k for k in _ROPE_KEYS if k != 'none')}"
         )
     if scaling.values.get("partial_rotary_factor", 1) != 1:
@@ -84,7 +84,7 @@ def rope_from_hf(read: Fields, context: int) -> Rope:
     general = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     unknown = sorted(set(map(str, scaling.values)) - general - _ROPE_KEYS[kind])
     if unknown:
-        raise UnsupportedModel(f"config.json: rope option {unknown[0][:80]!r} is not supported")
+        raise UnsupportedModel(f"config.json: rope option {shown(unknown[0])} is not supported")
     if kind == "none":
         return Rope(theta)
     if kind == "linear":
@@ -130,7 +130,7 @@ def rope_from_gguf(read: Fields, context: int, divisors: tuple[float, ...] | Non
     older = read.number("rope.scale_linear", 0.0, low=0.0, high=1e6)
     factor = read.number("rope.scaling.factor", older, low=0.0, high=1e6) or 1.0
     # A factor without a type means linear scaling.
-    kind = read.values.get("rope.scaling.type", "linear")
+    kind = read.text("rope.scaling.type", "linear")
     original = read.integer("rope.scaling.original_context_length", context, high=2**27)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return Rope(theta, freq_divisors=divisors)
@@ -147,7 +147,7 @@ def rope_from_gguf(read: Fields, context: int, divisors: tuple[float, ...] | Non
             freq_divisors=divisors,
         )
     raise UnsupportedModel(
-        f"GGUF metadata: rope scaling {str(kind)[:80]!r} is not supported; "
+        f"GGUF metadata: rope scaling {shown(kind)} is not supported; "
         "supported are none, linear, yarn"
     )
 

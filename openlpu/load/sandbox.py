@@ -161,7 +161,9 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
         elif id(obj) in self._free_calls:
             # They hash, compare or print what they are given.
             self.meter.charge_structure([args, kwargs])
-        elif not isinstance(obj, _CALLABLES):
+        elif isinstance(obj, _CALLABLES):
+            self.meter.charge(4 * STEP_BYTES)
+        else:
             raise TemplateError("the chat template calls something that is not a function")
         result = super().call(context, obj, *args, **kwargs)
         if obj is dict:
@@ -319,10 +321,11 @@ class _Rewrite(NodeTransformer):
         return super().generic_visit(node, *args, **kwargs)
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 (named by jinja2)
-        # Each turn pays for the text its body can print, so that printing needs no hook of its own.
-        literal = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        # Each turn pays for all the text and the statements in its body, whether they run or not.
+        cost_bytes = STEP_BYTES + sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+        cost_bytes += sum(4 for _ in node.find_all(nodes.Stmt))
         self.generic_visit(node)
-        tick = _hook(_TICK, nodes.Const(STEP_BYTES + literal), node)
+        tick = _hook(_TICK, nodes.Const(cost_bytes), node)
         node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
         if node.test is not None:
             step = _hook(_TICK, nodes.Const(STEP_BYTES), node)

@@ -3,10 +3,10 @@
 What is bounded, and how:
 - what it may reach: jinja2's immutable sandbox, plus an explicit list of filters, methods and
   globals; messages are rebuilt from plain JSON values, so no object of ours is reachable.
-- memory and work: a grant of 32 MiB plus 256 bytes per byte of input, charged for each loop turn,
+- memory and work: a grant of 16 MiB plus 256 bytes per byte of input, charged for each loop turn,
   call, text and list before it is made; see meter.py for the prices. Deterministic.
 - time: one second of processor time, checked at every few charges.
-- source: 128 KiB; integers: 4096 bits; widths and counts: 4096; nesting: 64 levels.
+- source: 64 KiB; integers: 4096 bits; widths and counts: 4096; nesting: 64 levels.
 Whatever goes wrong in a template ends in TemplateError; bad messages end in RequestError.
 """
 
@@ -20,8 +20,8 @@ from typing import Any, Final, TypeVar
 from openlpu.errors import RequestError, TemplateError
 from openlpu.load.meter import MAX_DEPTH, Meter
 
-MAX_SOURCE_CHARS: Final = 128 << 10
-GRANT_BYTES: Final = 32 << 20
+MAX_SOURCE_CHARS: Final = 64 << 10
+GRANT_BYTES: Final = 16 << 20
 GRANT_PER_INPUT_BYTE: Final = 256
 SECONDS: Final = 1.0
 

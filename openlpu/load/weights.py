@@ -8,6 +8,7 @@ A matrix has shape (outputs, inputs). A tied model has no head.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class Weights:
         return np.ascontiguousarray(values)
 
     def blocks(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.uint8]:
-        """Rows [start, stop) of a matrix as stored: uint8 [rows, bytes per row].
+        """Rows [start, stop) of a matrix as stored: uint8 [rows, bytes per row], not to be written.
 
         Raises UnsupportedTensor unless the encoding is one of LOSSLESS_BLOCKS.
         """
@@ -117,6 +118,13 @@ class Weights:
             )
         first, last, _ = slice(start, stop).indices(tensor.shape[0])
         return np.ascontiguousarray(tensor.stored_rows(first, last))
+
+    def release(self) -> None:
+        """Give back the memory that mapped files took so far; later reads map them again."""
+        mappings = {id(m): m for t in self._tensors.values() if (m := _mapping(t.data))}
+        for mapping in mappings.values():
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self) -> str:
         """Hex sha256 that changes when the checkpoint does; a lookup key, not a content hash.
@@ -147,6 +155,14 @@ class ArrayWeights(Weights):
                 values.shape, "f32", as_rows(values.view(np.uint8), values.shape)
             )
         super().__init__(tensors, fingerprint=digest.hexdigest())
+
+
+def _mapping(data: NDArray[np.uint8]) -> mmap.mmap | None:
+    """The mapped file that an array looks into, if it does."""
+    owner: Any = data
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return owner if isinstance(owner, mmap.mmap) else None
 
 
 def map_file(path: Path) -> NDArray[np.uint8]:

@@ -43,7 +43,7 @@ def refuse_odd_sizes(graph: Graph, *, multiple: int) -> None:
                 "only precision f32 can run this model"
             )
         for param in op.params:
-            if len(param.shape) == 2 and param.shape[1] % multiple:
+            if op.kind == "linear" and param.shape[-1] % multiple and len(param.shape) == 2:
                 raise UnsupportedModel(
                     f"{param.source} has {param.shape[1]} inputs, not a multiple of {multiple}; "
                     "only precision f32 can run this model"

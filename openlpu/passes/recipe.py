@@ -36,7 +36,7 @@ class Materializer:
         self._check(param)
         if len(param.shape) == 1:
             vector = self._weights.rows(param.source).astype(np.float64)[:, None]
-            yield F32Tensor(_along_k(self._apply(param, vector)[:, 0]))
+            yield _formatted(param, self._apply(param, vector)[:, 0])
             return
         rows, width = param.shape
         at_once = max(16, _VALUES_AT_ONCE // width // 16 * 16)  # packers take 16 rows at a time
@@ -145,18 +145,20 @@ def quantize_blocks(w: NDArray[np.float32]) -> GroupedTensor:
 
 
 def _formatted(param: Param, w: F64) -> Tensor:
-    if param.format == "f32":
-        return F32Tensor(_along_k(w))
-    if param.format == "w8":
-        q, scale = quantize_weight(w)
-        if not np.isfinite(scale).all():
-            raise CheckpointError(f"{param.source}: a row leaves the range of float32")
-        return RowTensor(q, scale)
-    raise GraphError(f"{param.name}: format {param.format} is not known")
-
-
-def _along_k(w: F64) -> NDArray[np.float32]:
-    return np.ascontiguousarray(w, dtype=np.float32)
+    """Rows [n, K], or a vector [n], rounded to the param's format."""
+    tensor: Tensor
+    with np.errstate(over="ignore"):
+        if param.format == "f32":
+            value = np.ascontiguousarray(w, dtype=np.float32)
+            tensor, limit = F32Tensor(value), value
+        elif param.format == "w8":
+            q, scale = quantize_weight(w)
+            tensor, limit = RowTensor(q, scale), scale
+        else:
+            raise GraphError(f"{param.name}: format {param.format} is not known")
+    if not np.isfinite(limit).all():
+        raise CheckpointError(f"{param.source}: a row leaves the range of float32")
+    return tensor
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

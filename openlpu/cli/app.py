@@ -1,0 +1,100 @@
+"""In: the words of a command line. Out: one command run, its errors as one line, its exit code.
+
+Exit codes: 0 done; 1 `verify` found a differing bit; 2 bad input, named in one line on stderr;
+130 interrupted; 141 the reader of stdout went away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from openlpu import __version__
+from openlpu.cli.chat import chat
+from openlpu.cli.inspect import inspect
+from openlpu.cli.measure import bench, eval_text, verify
+from openlpu.cli.models import models, pull
+from openlpu.cli.run import run
+from openlpu.cli.terminal import note, write
+from openlpu.errors import LpuError
+from openlpu.knobs import DEBUG
+
+app = typer.Typer(
+    name="lpu",
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run)
+app.command()(chat)
+app.command()(pull)
+app.command()(models)
+app.command()(inspect)
+app.command(name="eval")(eval_text)
+app.command()(verify)
+app.command()(bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write(f"lpu {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Run language models with the same bits everywhere."""
+
+
+def main() -> None:
+    """The command `lpu`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # An answer may hold what an odd terminal cannot show; that is no reason to stop.
+            stream.reconfigure(errors="replace")
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except LpuError as error:
+        if DEBUG.value:
+            raise
+        code = _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        note("")
+        code = 130
+    except BrokenPipeError:
+        code = 141
+        # Python flushes stdout once more at its end; there is nobody to read it.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        code = _usage(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    note("lpu: " + " ".join(message.split()))
+    return 2
+
+
+def _usage(error: Exception) -> int:
+    """typer's own errors (an option it does not know, a word that is no number) as one line.
+
+    They are told by their shape, because their class moved between versions of typer.
+    """
+    message = getattr(error, "format_message", None)
+    if message is None:
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    return _fail(message())
