@@ -13,11 +13,9 @@ from openlpu.graph import Graph, types
 from openlpu.load.config import ModelConfig
 from openlpu.models import build
 from openlpu.passes.fold_gains import fold_gains
+from openlpu.passes.fuse import fuse_gate_up, fuse_norm_quant, fuse_qkv, fuse_residual
 from openlpu.passes.fuse_attention import fuse_attention
-from openlpu.passes.fuse_linears import fuse_gate_up, fuse_qkv, fuse_residual
-from openlpu.passes.fuse_norm_quant import fuse_norm_quant
-from openlpu.passes.quantize_blocks import quantize_blocks
-from openlpu.passes.quantize_w8 import quantize_w8
+from openlpu.passes.quantize import quantize_blocks, quantize_w8
 from openlpu.passes.rotate import rotate
 
 Pass = Callable[[Graph, Mapping[str, str]], Graph]

@@ -125,6 +125,6 @@ class Loaded:
 
     def address(self, name: str) -> int:
         """Address of an exported function."""
-        found = self._addresses[name]
+        found: int = self._addresses[name]
         assert found, f"{name} is missing from the object code"
         return found

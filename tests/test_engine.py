@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openlpu.engine.batcher import Engine
-from openlpu.engine.compiled import Compiled
+from openlpu.engine.compiled import Compiled, Precision
 from openlpu.engine.evaluate import perplexity, row_losses
-from openlpu.engine.families import random_model
+from openlpu.engine.families import FAMILIES, random_model
 from openlpu.engine.pages import PageTable
 from openlpu.engine.profile import bytes_per_row, weight_bytes
 from openlpu.engine.runner import ReferenceRunner
@@ -297,3 +297,14 @@ def test_fusion_lowers_the_bytes_between_ops(compiled: Compiled) -> None:
     names = list(traffic)
     assert traffic[names[-1]] < traffic["quantize_w8"]
     assert weight_bytes(compiled.graph) < weight_bytes(compiled.float_graph) / 3
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_random_models_say_something(precision: Precision) -> None:
+    """A proof over logits that are all NaN, or all the same, would prove nothing."""
+    for family in FAMILIES:
+        model = random_model(family, precision=precision)
+        rows = rows_of(model.reference(), model, tokens_of(1, 30))
+        assert np.isfinite(rows).all()
+        assert len(set(rows.argmax(axis=1).tolist())) > 3
+        assert 0.05 < rows.std() < 50

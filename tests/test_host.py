@@ -14,7 +14,7 @@ import pytest
 from openlpu import jit
 from openlpu.engine.compiled import Compiled, compile_weights
 from openlpu.engine.families import FAMILIES, random_model, random_weights
-from openlpu.errors import GraphError, NumericOverflow, RequestError, UnsupportedTarget
+from openlpu.errors import GraphError, RequestError, UnsupportedTarget
 from openlpu.graph import Batch, Param, Tensor
 from openlpu.host import HostModel, build
 from openlpu.host.layout import MAX_ROWS
@@ -240,7 +240,7 @@ def test_float_graphs_and_unknown_targets_are_refused_by_name() -> None:
         jit.select("sse9")
 
 
-def test_an_overflow_is_an_error_and_spares_the_neighbours(store: Store) -> None:
+def test_an_overflow_is_all_nan_and_spares_the_neighbours(store: Store) -> None:
     """A row that leaves the finite range says so; the step's other rows keep their bits."""
     compiled = random_model("llama")
     with closing(host_of(compiled, store)) as host:
@@ -252,8 +252,7 @@ def test_an_overflow_is_an_error_and_spares_the_neighbours(store: Store) -> None
         table = host._packed.data
         object.__setattr__(host._packed, "data", poisoned)
         host._tasks[:], _ = host._link(host._team._code)
-        with pytest.raises(NumericOverflow):
-            host.step(batch([(3, 0, 0)]))
+        assert np.isnan(host.step(batch([(3, 0, 0)]))).all()
         mixed = [(3, 0, 1), *prompt(5)]
         got = host.step(batch(mixed, wanted=range(1, 6)))
         assert same_bits(got, good)

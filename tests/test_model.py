@@ -1,4 +1,4 @@
-"""In: a whole tiny chat model. Out: the Python API answers, streams, scores and keeps its memory."""
+"""In: a whole tiny chat model. Out: the Python API answers, streams, scores, keeps its memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openlpu.Model]:
-    with knobs.override(CACHE=str(tmp_path_factory.mktemp("cache"))):
-        with openlpu.load(str(folder), threads=2) as loaded:
-            yield loaded
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with knobs.override(CACHE=cache), openlpu.load(str(folder), threads=2) as loaded:
+        yield loaded
 
 
 def test_a_stream_is_the_answer_in_pieces(model: openlpu.Model) -> None:
@@ -116,6 +116,7 @@ def test_text_is_a_user_s_message_unless_raw(model: openlpu.Model) -> None:
 def test_a_chat_keeps_its_memory(model: openlpu.Model) -> None:
     chat = openlpu.Chat(model, system="Be brief.", sampling=openlpu.Sampling(max_tokens=10))
     first = chat.send("One")
+    said = first.result()
     chat.keep(first)
     assert first.stats.reused_tokens == 0
     before = chat.cached_tokens
@@ -131,7 +132,7 @@ def test_a_chat_keeps_its_memory(model: openlpu.Model) -> None:
     assert len(chat.messages) == 5
     chat.reset()
     assert chat.cached_tokens == 0
-    assert chat.send("One").result().tokens == first.result().tokens
+    assert chat.send("One").result().tokens == said.tokens
     chat.close()
     assert model.engine._sequences == {}
 
@@ -178,10 +179,11 @@ def test_a_model_without_a_template_takes_text(tmp_path: Path) -> None:
 
 
 def test_a_template_that_fails_says_so(tmp_path: Path) -> None:
-    folder = write_tiny_chat(tmp_path / "bad", template="{{ raise_exception('no such role') }}")
-    with knobs.override(CACHE=str(tmp_path)), openlpu.load(str(folder)) as bad:
-        with pytest.raises(TemplateError, match="no such role"):
-            bad.generate("Hi")
+    folder = write_tiny_chat(tmp_path / "bad", template="{{ messages[0].content // 2 }}")
+    with knobs.override(CACHE=str(tmp_path)):
+        bad = openlpu.load(str(folder))
+    with bad, pytest.raises(TemplateError, match="chat template failed"):
+        bad.generate("Hi")
 
 
 def test_logits_that_are_not_finite_are_an_error(

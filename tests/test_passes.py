@@ -19,10 +19,9 @@ from openlpu.load.config import ModelConfig
 from openlpu.load.weights import Weights
 from openlpu.models import build
 from openlpu.passes.fold_gains import fold_gains
+from openlpu.passes.fuse import fuse_gate_up, fuse_norm_quant, fuse_qkv, fuse_residual
 from openlpu.passes.fuse_attention import fuse_attention
-from openlpu.passes.fuse_linears import fuse_gate_up, fuse_qkv, fuse_residual
-from openlpu.passes.fuse_norm_quant import fuse_norm_quant
-from openlpu.passes.quantize_w8 import quantize_w8
+from openlpu.passes.quantize import quantize_w8
 from openlpu.passes.recipe import Materializer
 from openlpu.passes.rotate import rotate
 from openlpu.reference import Reference
@@ -103,6 +102,37 @@ def test_eight_bits_stay_close_to_float(family: str) -> None:
     two layers of six products each, partly averaging out, stay within 6 %."""
     config, weights = tiny.random_model(family)
     assert relative_error(config, weights, "w8") < 0.06
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_perplexity_of_eight_bits(family: str) -> None:
+    """On text that the float model itself would write, the perplexity rises by exp(KL), with no
+    luck of a sample in it; half a percent is the bound."""
+    config, weights = tiny.random_model(family)
+    stages = tiny.stages(config, weights)
+    log_p, log_q = (
+        log_softmax(logits(stages[name], weights)) for name in ("build", "fuse_residual")
+    )
+    divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()
+    assert np.exp(divergence) < 1.005
+
+
+def log_softmax(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = x.astype(np.float64)
+    return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_blocks_stay_close_and_fusions_keep_their_bits(family: str) -> None:
+    """The same stored blocks in float and in w4: only rounded rows, 32 to a scale, differ."""
+    config, weights = tiny.random_model(family)
+    stored = tiny.in_blocks(weights)
+    stages = tiny.stages(config, stored, "w4")
+    expected = logits(stages["build"], stored)
+    quantized = logits(stages["quantize_blocks"], stored)
+    assert np.linalg.norm(quantized - expected) / np.linalg.norm(expected) < 0.03
+    for name in FUSIONS:
+        assert np.array_equal(logits(stages[name], stored), quantized), name
 
 
 def test_rotation_is_what_outliers_need() -> None:

@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from openlpu.errors import RequestError
 from openlpu.reference import Reference
 
-FAMILIES = ("llama", "mistral", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen3", "llama w4")
 
 
 @functools.cache
 def model(family: str) -> Reference:
-    return tiny.reference(*tiny.random_model(family))
+    """The compiled model; "w4" after its name stores it in blocks."""
+    config, weights = tiny.random_model(family.split()[0])
+    if family.endswith("w4"):
+        return tiny.reference(config, tiny.in_blocks(weights), "w4")
+    return tiny.reference(config, weights)
 
 
 @functools.cache

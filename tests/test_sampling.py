@@ -1,4 +1,4 @@
-"""In: logits and requests. Out: the sampler draws what the exact distribution says, nothing else."""
+"""In: logits and requests. Out: the sampler draws what the exact distribution says."""
 
 from __future__ import annotations
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-
 from openlpu.engine.families import random_weights
 from openlpu.load.config import ModelConfig, from_hf
 
@@ -62,7 +60,6 @@ def write_tiny_chat(folder: Path, *, template: str | None = TEMPLATE) -> Path:
     arrays = {
         hf_name(name): weights.rows(name).reshape(weights.shape(name)) for name in weights.names()
     }
-    arrays["model.embed_tokens.weight"] *= np.float32(4.0)  # spread logits: fewer near ties
     save_file(arrays, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     _write_tokenizer(folder)

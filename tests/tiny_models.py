@@ -13,7 +13,7 @@ from openlpu.compiler import compile_graph
 from openlpu.graph import Batch, Graph
 from openlpu.load.config import ModelConfig, from_hf
 from openlpu.load.names import from_hf_name
-from openlpu.load.weights import ArrayWeights, Weights
+from openlpu.load.weights import ArrayWeights, Tensor, Weights
 from openlpu.passes.recipe import Materializer
 from openlpu.reference import Reference
 
@@ -122,6 +122,24 @@ def as_transformers(family: str, *, seed: int = 0, **options: Any) -> tuple[Any,
             arrays[ours] = _random(rng, ours, tuple(parameter.shape)).astype(np.float32)
             parameter.copy_(torch.from_numpy(arrays[ours]))
     return model, config, ArrayWeights(arrays)
+
+
+def in_blocks(weights: Weights, kinds: Sequence[str] = ("q4_1", "q4_0", "q8_0")) -> Weights:
+    """The same model with its matrices stored in blocks, by the gguf package, kinds in turn."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    tensors: dict[str, Tensor] = {}
+    for i, name in enumerate(weights.names()):
+        values, shape = weights.rows(name), weights.shape(name)
+        if len(shape) == 1:
+            tensors[name] = Tensor(shape, "f32", values.view(np.uint8).reshape(1, -1))
+        else:
+            kind = kinds[i % len(kinds)]
+            tensors[name] = Tensor(
+                shape, kind, quantize(values, GGMLQuantizationType[kind.upper()])
+            )
+    return Weights(tensors, fingerprint="in blocks")
 
 
 def encodings(weights: Weights) -> dict[str, str]:

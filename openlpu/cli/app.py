@@ -6,8 +6,6 @@ Exit codes: 0 done; 1 `verify` found a differing bit; 2 bad input, named in one 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from typing import Annotated
 
@@ -15,9 +13,8 @@ import typer
 
 from openlpu import __version__
 from openlpu.cli.chat import chat
-from openlpu.cli.inspect import inspect
 from openlpu.cli.measure import bench, eval_text, verify
-from openlpu.cli.models import models, pull
+from openlpu.cli.models import inspect, models, pull
 from openlpu.cli.run import run
 from openlpu.cli.terminal import note, write
 from openlpu.errors import LpuError
@@ -63,7 +60,6 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         code = app(standalone_mode=False)
-        sys.stdout.flush()
     except LpuError as error:
         if DEBUG.value:
             raise
@@ -71,11 +67,6 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         note("")
         code = 130
-    except BrokenPipeError:
-        code = 141
-        # Python flushes stdout once more at its end; there is nobody to read it.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         code = _usage(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from types import TracebackType
@@ -21,9 +22,14 @@ _PATIENCE_S = 0.3  # stages that end sooner are not worth a line
 
 
 def write(text: str) -> None:
-    """Put text on standard output at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    """Put text on standard output at once; leave quietly if nobody reads it any more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def write_json(value: Any) -> None:

@@ -64,16 +64,20 @@ class Stream:
         self._engine = engine
         self._sequence = sequence
         self._answer = answer
-        self._text = AnswerText(decoder, stop=answer.sampling.stop)
         self._closes = closes
         self._parts: list[str] = []
-        self._pieces = self._run()
+        text = AnswerText(decoder, stop=answer.sampling.stop)
+        self._pieces = _pieces(engine, sequence, answer, text)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
+        try:
+            piece = next(self._pieces)
+        except BaseException:
+            self._release()
+            raise
         self._parts.append(piece)
         return piece
 
@@ -119,25 +123,28 @@ class Stream:
         if self._closes:
             self._engine.close(self._sequence)
 
-    def _run(self) -> Generator[str, None, None]:
-        answer, text = self._answer, self._text
-        told = 0
-        try:
-            while True:
-                while told < len(answer.generated) and not text.stopped:
-                    told += 1
-                    if piece := text.push(answer.generated[told - 1]):
-                        yield piece
-                if text.stopped or answer.done:
-                    break
-                self._engine.step()
-            if text.stopped:
-                answer.finish_reason = "stop"
-            if answer.error is not None:
-                raise answer.error
-            if piece := text.flush():
-                yield piece
-        finally:
-            if self._sequence.answer is answer:
-                self._sequence.answer = None  # an abandoned answer takes no further steps
-            self._release()
+
+def _pieces(
+    engine: Engine, sequence: Sequence, answer: Answer, text: AnswerText
+) -> Generator[str, None, None]:
+    """Step the engine until the answer is done. Not a method: a Stream that is forgotten half-way
+    must not be kept alive by its own generator."""
+    told = 0
+    try:
+        while True:
+            while told < len(answer.generated) and not text.stopped:
+                told += 1
+                if piece := text.push(answer.generated[told - 1]):
+                    yield piece
+            if text.stopped or answer.done:
+                break
+            engine.step()
+        if text.stopped:
+            answer.finish_reason = "stop"
+        if answer.error is not None:
+            raise answer.error
+        if piece := text.flush():
+            yield piece
+    finally:
+        if sequence.answer is answer:
+            sequence.answer = None  # an abandoned answer takes no further steps

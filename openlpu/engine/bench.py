@@ -1,7 +1,7 @@
 """In: a model. Out: speed, start-up and memory on this machine, as medians of interleaved rounds.
 
-Memory bandwidth is read in the same rounds, because it moves: decode reads every packed weight once
-per step, so its share of that bandwidth says how far from the limit it runs.
+Memory bandwidth is read in the same rounds, because it moves: decode reads every weight once per
+step, so its share of that bandwidth says how far from the limit it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from openlpu.engine.batcher import Engine
 from openlpu.engine.compiled import Compiled
 from openlpu.engine.model import load, open_model
+from openlpu.engine.profile import bytes_per_step
 from openlpu.engine.sampling import Sampling
 from openlpu.engine.verify import engine_for, random_tokens
 from openlpu.host import HostModel
@@ -76,8 +77,9 @@ def bench(
             if progress:
                 progress("measure", done + 1, rounds)
         del memory
+        step_bytes = bytes_per_step(compiled.graph)
         read = [
-            rate * host.packed_bytes / 1e9 / bandwidth
+            rate * step_bytes / 1e9 / bandwidth
             for rate, bandwidth in zip(
                 found["decode", "tokens/s"], found["memory read", "GB/s"], strict=True
             )

@@ -22,7 +22,7 @@ from openlpu.engine.evaluate import DEFAULT_WINDOW, Perplexity, perplexity
 from openlpu.engine.runner import Runner
 from openlpu.engine.sampling import Sampling, sampling_from
 from openlpu.engine.sequence import Sequence
-from openlpu.errors import RequestError
+from openlpu.errors import NumericOverflow, RequestError
 from openlpu.load.checkpoint import Checkpoint, open_checkpoint
 from openlpu.load.template import ChatTemplate
 from openlpu.load.tokenizer import Tokenizer
@@ -138,15 +138,19 @@ class Model:
         """Logits after `tokens`: float32 [V] of the last one, or [T, V] of all.
 
         The same bits as at that position of any answer. Raises RequestError for ids outside the
-        vocabulary or more tokens than the context.
+        vocabulary or more tokens than the context, NumericOverflow for logits without bits.
         """
         sequence = self.engine.open()
         try:
-            if not all_rows:
-                return self.engine.last_logits(sequence, tokens)
-            return np.concatenate(list(self.engine.score(sequence, tokens)))
+            if all_rows:
+                rows = np.concatenate(list(self.engine.score(sequence, tokens)))
+            else:
+                rows = self.engine.last_logits(sequence, tokens)
         finally:
             self.engine.close(sequence)
+        if not np.isfinite(rows).all():
+            raise NumericOverflow(f"{self.name}: logits are not finite; is the checkpoint damaged?")
+        return rows
 
     def perplexity(self, text: str | Items[int], *, window: int = DEFAULT_WINDOW) -> Perplexity:
         """How well the model predicts text or tokens; see openlpu.engine.evaluate."""

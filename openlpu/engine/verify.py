@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openlpu.engine.batcher import Engine
-from openlpu.engine.compiled import Compiled
+from openlpu.engine.compiled import Compiled, Precision
 from openlpu.engine.families import FAMILIES, random_model
 from openlpu.engine.model import open_model
 from openlpu.engine.runner import Runner
@@ -38,7 +38,7 @@ THREADS = (1, 2, 3)
 PIECES = (1, 7, 64)
 BATCHES = (2, 7, 32)
 _ROWS_KEPT = 32  # rows of logits compared of a long prompt, the last one among them
-_RANDOM_TOKENS = 44
+_RANDOM_TOKENS = 340  # beyond one chunk of positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +104,18 @@ def verify(
 ) -> Iterator[Claim]:
     """Test every claim; yields the rows of the table as they are done.
 
-    Without `full`: prompts of 30 and 300 tokens, about a minute; with it: 30, 900 and 2,000, and
+    Without `full`: prompts of 30 and 400 tokens, about a minute; with it: 30, 900 and 2,000, and
     random models on every kernel set.
     """
     _, compiled = open_model(name_or_path, precision=precision, progress=progress)
-    lengths = [n for n in ((30, 900, 2000) if full else (30, 300)) if n < compiled.graph.context]
+    lengths = [n for n in ((30, 900, 2000) if full else (30, 400)) if n < compiled.graph.context]
     vocab_size = compiled.config.vocab_size
     prompts = {n: random_tokens(n, vocab_size, seed=n) for n in lengths}
     with closing(compiled.host(progress=progress)) as host:
         base = {n: rows_of(host, compiled, prompts[n]) for n in lengths}
         identity = host.identity
         yield from _against_reference(compiled, prompts, base, lengths if full else lengths[:1])
-        yield _random_models(full=full)
+        yield _random_models(compiled.precision, full=full)
         yield _pieces(host, compiled, prompts, base)
         yield _batches(host, compiled, base_tokens=prompts[lengths[0]])
     yield _threads(compiled, prompts, base)
@@ -153,12 +153,12 @@ def _against_reference(
         yield _claim("host equals the numpy reference", _tokens_text([n]), found, started_s)
 
 
-def _random_models(*, full: bool) -> Claim:
+def _random_models(precision: Precision, *, full: bool) -> Claim:
     started_s, found = time.perf_counter(), Differences()
     sets = KERNELS if full else (None,)
     with tempfile.TemporaryDirectory() as folder:
         for family in FAMILIES:
-            compiled = random_model(family)
+            compiled = random_model(family, precision=precision)
             tokens = random_tokens(_RANDOM_TOKENS, compiled.config.vocab_size)
             expected = rows_of(compiled.reference(), compiled, tokens)
             for kernels in sets:
@@ -290,5 +290,5 @@ def _packing(compiled: Compiled, identity: str, *, times: Items[int]) -> Claim:
             closing(compiled.host(threads=threads, store=Store(Path(folder)))) as host,
         ):
             found.add(np.frombuffer(host.identity.encode(), np.uint8), expected)
-    cases = f"sha256, {', '.join(map(str, times))} threads"
+    cases = f"sha256 of the tensors; threads {', '.join(map(str, times))}"
     return _claim("packed again from the checkpoint", cases, found, started_s)

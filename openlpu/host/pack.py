@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedWriter
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from openlpu.store import Store
 MAGIC = b"OPENLPU-PACK-1\n\0"
 ALIGN = 64
 U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 
 
@@ -57,137 +60,119 @@ def blocks16(q: NDArray[np.int8]) -> U8:
     return (np.ascontiguousarray(lines) ^ np.uint8(0x80)).reshape(-1)
 
 
-def _widen(q: NDArray[np.int8], rows: int) -> NDArray[np.int8]:
-    return np.concatenate([q, np.zeros((rows - q.shape[0], q.shape[1]), np.int8)])
-
-
 class _Writer:
     """Appends aligned parts; hashes the canonical tensors as they pass."""
 
-    def __init__(self, file: BufferedWriter, graph: Graph) -> None:
+    def __init__(self, file: BufferedWriter, graph: Graph, source: TensorSource) -> None:
         self.file = file
+        self.source = source
         self.identity = IdentityHasher(graph)
 
-    def part(self, chunks: Iterator[NDArray[np.generic]] | Sequence[NDArray[np.generic]]) -> int:
-        at = self.file.tell()
-        self.file.write(bytes(-at % ALIGN))
+    def part(self, chunks: Iterable[NDArray[Any]]) -> int:
+        """Write arrays one after the other at the next line; returns the offset."""
+        self.file.write(bytes(-self.file.tell() % ALIGN))
         start = self.file.tell()
         for chunk in chunks:
             self.file.write(np.ascontiguousarray(chunk).data)
         return start
 
+    def matrix(self, param: Param) -> Iterator[GroupedTensor]:
+        """Blocks of rows of a quantized matrix; a scale per row counts as one group."""
+        for tensor in self.source.blocks(param):
+            self.identity.add(param, tensor)
+            if isinstance(tensor, RowTensor):
+                yield GroupedTensor(tensor.q, tensor.scale[:, None], None)
+            else:
+                assert isinstance(tensor, GroupedTensor)
+                yield tensor
 
-def _interleave(parts: list[NDArray[np.generic]], lanes: int) -> NDArray[np.generic]:
-    """Alternate gate and up in units of `lanes` along the first axis."""
-    pairs = [p.reshape(-1, lanes, *p.shape[1:]) for p in parts]
+    def vector(self, param: Param) -> F32:
+        tensor = self.source.whole(param)
+        assert isinstance(tensor, F32Tensor)
+        self.identity.add(param, tensor)
+        return tensor.value
+
+
+def _in_turns(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Alternate 16 rows of gate and 16 of up, so that a panel holds both halves of swiglu."""
+    pairs = [p.reshape(-1, 16, *p.shape[1:]) for p in parts]
     return np.stack(pairs, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
-def _linear(op: Op, source: TensorSource, out: _Writer) -> Piece:
-    """Weights side by side (or gate and up interleaved by 16 rows), scales, minima, biases."""
+def _gate_and_up(
+    gate: Iterator[GroupedTensor], up: Iterator[GroupedTensor]
+) -> Iterator[GroupedTensor]:
+    """Their blocks are equally long, because their shapes are equal."""
+    for g, u in zip(gate, up, strict=True):
+        minimum = None
+        if g.minimum is not None and u.minimum is not None:
+            minimum = _in_turns([g.minimum, u.minimum])
+        yield GroupedTensor(_in_turns([g.q, u.q]), _in_turns([g.scale, u.scale]), minimum)
+
+
+def _linear(op: Op, out: _Writer) -> Piece:
+    """Weights side by side (or gate and up in turns), scales, minima, biases."""
     weight_at, bias_at = weights_and_biases(op)
     params = [op.params[i] for i in weight_at]
     swiglu = op.text("epilogue", "none") == "swiglu"
     total = padded(sum(p.shape[0] for p in params))
-    k = params[0].shape[1]
-    scales: list[NDArray[np.float32]] = []
-    minima: list[NDArray[np.float32]] = []
+    scales: list[F32] = []
+    minima: list[F32] = []
 
-    def rows() -> Iterator[
-        tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32] | None]
-    ]:
-        streams = [source.blocks(p) for p in params]
-        if swiglu:
-            yield from _interleaved(streams, params, out)
-            return
-        for param, stream in zip(params, streams, strict=True):
-            for tensor in stream:
-                assert isinstance(tensor, RowTensor | GroupedTensor)
-                minimum = tensor.minimum if isinstance(tensor, GroupedTensor) else None
-                out.identity.add(param, tensor)
-                yield tensor.q, tensor.scale, minimum
+    def rows() -> Iterator[NDArray[np.int8]]:
+        streams = [out.matrix(p) for p in params]
+        for block in _gate_and_up(*streams) if swiglu else chain.from_iterable(streams):
+            scales.append(block.scale)
+            if block.minimum is not None:
+                minima.append(block.minimum)
+            yield block.q
+        yield np.zeros((total - sum(p.shape[0] for p in params), params[0].shape[1]), np.int8)
 
-    def packed() -> Iterator[NDArray[np.generic]]:
-        left = np.zeros((0, k), np.int8)
-        seen = 0
-        for q, scale, minimum in rows():
-            scales.append(scale)
-            if minimum is not None:
-                minima.append(minimum)
+    def lines() -> Iterator[U8]:
+        left = np.zeros((0, params[0].shape[1]), np.int8)
+        for q in rows():
             left = np.concatenate([left, q])
             whole = left.shape[0] // 16 * 16
-            seen += whole
             yield blocks16(left[:whole])
             left = left[whole:]
-        if seen < total:
-            yield blocks16(_widen(left, total - seen))
 
-    weights = out.part(packed())
-    scale_at = out.part([_lanes(np.concatenate(scales), total)])
-    minimum_at = out.part([_lanes(np.concatenate(minima), total)]) if minima else 0
-    bias_offset = 0
-    if bias_at:
-        vectors = [_vector(source, op.params[i], out) for i in bias_at]
-        joined = _interleave(vectors, 16) if swiglu else np.concatenate(vectors)
-        bias_offset = out.part([_lanes(joined.astype(np.float32), total)])
+    weights = out.part(lines())
+    scale_at = out.part([_lanes(scales, total)])
+    minimum_at = out.part([_lanes(minima, total)]) if minima else 0
+    biases = [out.vector(op.params[i])[:, None] for i in bias_at]
+    if biases and swiglu:
+        biases = [_in_turns(biases)]
+    bias_offset = out.part([_lanes(biases, total)]) if biases else 0
     return Piece(weights, scale_at, minimum_at, bias_offset)
 
 
-def _interleaved(
-    streams: list[Iterator[object]], params: list[Param], out: _Writer
-) -> Iterator[tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32] | None]]:
-    """Rows of gate and up in turns of 16. Their blocks come in equal sizes: shapes are equal."""
-    for tensors in zip(*streams, strict=True):
-        for param, tensor in zip(params, tensors, strict=True):
-            assert isinstance(tensor, RowTensor | GroupedTensor)
-            out.identity.add(param, tensor)
-        q, scale = ([getattr(t, name) for t in tensors] for name in ("q", "scale"))
-        lows = [getattr(t, "minimum", None) for t in tensors]
-        minimum = None if lows[0] is None else _interleave(lows, 16)
-        yield _interleave(q, 16), _interleave(scale, 16), minimum  # type: ignore[misc]
-
-
-def _lanes(values: NDArray[np.float32], rows: int) -> NDArray[np.float32]:
-    """[N] -> [rows]; grouped [N, G] -> [rows/16][G][16]; padding is zero."""
-    wide = np.zeros((rows, *values.shape[1:]), np.float32)
+def _lanes(parts: Sequence[F32], rows: int) -> F32:
+    """Blocks of [n, G] -> [rows/16][G][16]; padding is zero."""
+    values = np.concatenate(parts)
+    wide = np.zeros((rows, values.shape[1]), np.float32)
     wide[: values.shape[0]] = values
-    if values.ndim == 1:
-        return wide
     return np.ascontiguousarray(wide.reshape(rows // 16, 16, -1).transpose(0, 2, 1))
 
 
-def _vector(source: TensorSource, param: Param, out: _Writer) -> NDArray[np.float32]:
-    tensor = source.whole(param)
-    assert isinstance(tensor, F32Tensor)
-    out.identity.add(param, tensor)
-    return tensor.value
-
-
-def _table(op: Op, source: TensorSource, out: _Writer) -> Piece:
+def _table(op: Op, out: _Writer) -> Piece:
     """Embedding table: int8 [V][D] as it is, then scales and minima by row (and group)."""
-    param = op.params[0]
-    scales: list[NDArray[np.float32]] = []
-    minima: list[NDArray[np.float32]] = []
+    scales: list[F32] = []
+    minima: list[F32] = []
 
-    def rows() -> Iterator[NDArray[np.generic]]:
-        for tensor in source.blocks(param):
-            assert isinstance(tensor, RowTensor | GroupedTensor)
-            minimum = tensor.minimum if isinstance(tensor, GroupedTensor) else None
-            out.identity.add(param, tensor)
-            scales.append(tensor.scale)
-            if minimum is not None:
-                minima.append(minimum)
-            yield tensor.q
+    def rows() -> Iterator[NDArray[np.int8]]:
+        for block in out.matrix(op.params[0]):
+            scales.append(block.scale)
+            if block.minimum is not None:
+                minima.append(block.minimum)
+            yield block.q
 
     weights = out.part(rows())
-    scale_at = out.part(scales)
-    return Piece(weights, scale_at, out.part(minima) if minima else 0, 0)
+    return Piece(weights, out.part(scales), out.part(minima) if minima else 0, 0)
 
 
-def _gains(op: Op, source: TensorSource, out: _Writer) -> Piece:
+def _gains(op: Op, out: _Writer) -> Piece:
     """Gains of a norm, or of q and k one after the other."""
-    vectors = [_vector(source, param, out) for param in op.params]
-    return Piece(0, 0, 0, out.part(vectors))
+    return Piece(0, 0, 0, out.part([out.vector(param) for param in op.params]))
 
 
 _PACKERS = {
@@ -206,12 +191,12 @@ def write(path: Path, graph: Graph, source: TensorSource, progress: Progress | N
     done = 0
     with path.open("wb") as file:
         file.write(MAGIC + bytes(48))
-        out = _Writer(file, graph)
+        out = _Writer(file, graph, source)
         pieces: dict[str, Piece] = {}
         for op in ops:
             if progress:
                 progress("packing weights", done, total)
-            pieces[op.out] = _PACKERS[op.kind](op, source, out)
+            pieces[op.out] = _PACKERS[op.kind](op, out)
             done += _size(op)
         header = json.dumps(
             {

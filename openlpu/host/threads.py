@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ class Team:
 
 
 def _live(
-    work: ctypes._CFuncPtr,
+    work: Callable[[int, int, int], int],
     context: int,
     thread: int,
     seen: int,

@@ -23,6 +23,7 @@ def fold_gains(graph: Graph) -> Graph:
 
 
 def _foldable(op: Op, wires: Wires, output: str) -> bool:
+    """Whether the op is a norm of whole rows that only linears read."""
     readers = wires.readers[op.out]
     return (
         op.kind == "rmsnorm"
@@ -34,6 +35,7 @@ def _foldable(op: Op, wires: Wires, output: str) -> bool:
 
 
 def _folded(op: Op, gains: dict[str, Param]) -> Op:
+    """The norm without its gain, or the linear with the gain of the norm it reads."""
     if op.out in gains:
         return replace(op, params=())
     gain = gains.get(op.src[0]) if op.kind == "linear" else None

@@ -1,7 +1,9 @@
-"""In: a Graph of single linears. Out: QKV as one linear, gate and up as one, residuals added in.
+"""In: a Graph of single ops. Out: QKV as one linear, gate and up as one, residuals added in them,
+norm and quantization as one.
 
-Three passes that put work into the linear that has the data at hand. Each is defined by the
-reference as the composition of what it replaces, so no bit changes.
+Passes that put work where the data is at hand: the fused linear reads its source once, the fused
+norm reads a row once and writes int8. The reference defines each fused op as the composition of
+what it replaces, so no bit changes.
 """
 
 from __future__ import annotations
@@ -65,6 +67,16 @@ def fuse_residual(graph: Graph) -> Graph:
     return replaced(graph, changes)
 
 
+def fuse_norm_quant(graph: Graph) -> Graph:
+    """rmsnorm (16 bits) + quant (no Hadamard) -> rmsnorm_quant."""
+    wires, changes = Wires(graph), dict[str, tuple[Op, ...]]()
+    for op in graph.ops:
+        norm = wires.made_by(op.src[0], "rmsnorm") if op.kind == "quant" else None
+        if norm is not None and _expressible(norm, op) and wires.sole_reader(norm.out) is op:
+            changes[op.out] = (_normed_and_quantized(norm, op),)
+    return replaced(graph, changes)
+
+
 def _linear_behind(value: str, wires: Wires) -> Op | None:
     """The linear that makes a value, through rope and norms; each step read by one op only."""
     op = wires.maker.get(value)
@@ -82,13 +94,15 @@ def _plain(op: Op) -> bool:
 
 
 def _side_by_side(parts: list[Op]) -> bool:
-    """Whether the linears read one value, do nothing after, and all or none have a bias."""
+    """Whether the linears read one value, do nothing after, store their weights alike, and all or
+    none have a bias."""
     first = parts[0]
     return all(
         part.src == first.src
         and _plain(part)
         and part.integer("weights", 1) == 1
         and len(part.params) == len(first.params)
+        and part.params[0].format == first.params[0].format
         for part in parts
     )
 
@@ -97,3 +111,16 @@ def _beside(parts: list[Op], out: str) -> Op:
     weights = tuple(part.params[0] for part in parts)
     biases = tuple(bias for part in parts for bias in part.params[1:])
     return Op("linear", out, parts[0].src, weights + biases, attrs(weights=len(parts)))
+
+
+def _expressible(norm: Op, quant: Op) -> bool:
+    return norm.integer("bits", 16) == 16 and not quant.integer("hadamard", 0)
+
+
+def _normed_and_quantized(norm: Op, quant: Op) -> Op:
+    options = attrs(
+        eps=norm.number("eps"),
+        group=quant.integer("group", 0),
+        heads=norm.integer("heads", 1),
+    )
+    return Op("rmsnorm_quant", quant.out, norm.src, norm.params, options)
