@@ -245,7 +245,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     for name, unit, key, factor in (
         ("bytes per token", "MB", "bytes_per_token", 1e-6),
         ("memory read", "GB/s", "median_memory_bytes_per_s", 1e-9),
-        ("decode, share of memory read", "", "decode_share_of_memory_read", 1.0),
+        ("decode / memory read", "", "decode_share_of_memory_read", 1.0),
     ):
         ours, theirs = (f"{report[key][n] * factor:,.2f}" for n in ENGINES)
         table.add_row(name, ours, theirs, unit, "", "")
@@ -268,6 +268,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
     progress = Console(stderr=True)
     try:
         report = compare(
@@ -277,7 +279,7 @@ def main() -> None:
             threads=options.threads,
             note=progress.print,
         )
-    except (LpuError, RuntimeError) as error:
+    except (LpuError, RuntimeError, OSError) as error:
         raise SystemExit(str(error)) from None
     report = with_medians(report)
     # Paths belong to one machine; what they name is in the report.

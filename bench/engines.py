@@ -74,7 +74,8 @@ class OpenLpu:
     def _step(self, tokens: I32, positions: I32, slots: I32, pages: I32, length: int) -> I32:
         wanted = np.arange(length - 1, tokens.shape[0], length, dtype=np.int32)
         logits = self._host.step(Batch(tokens, positions, slots, wanted, pages))
-        return logits.argmax(1).astype(np.int32)
+        chosen: I32 = logits.argmax(1).astype(np.int32)
+        return chosen
 
     def cpu_s(self) -> float:
         """See Side."""

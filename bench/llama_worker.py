@@ -19,6 +19,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from numpy.typing import NDArray
 
 BATCH_TOKENS = 512
 CELLS = 256  # llama.cpp pads a sequence's K/V to a multiple of this
@@ -83,7 +84,7 @@ class Worker:
 
     def _decode(
         self, context: Any, rows: list[tuple[int, int, int, bool]], wanted: int
-    ) -> np.ndarray:
+    ) -> NDArray[np.intp]:
         """One llama_decode of rows (token, position, sequence, logits?): argmax of each wanted."""
         batch = self._batch
         for i, (token, position, sequence, logits) in enumerate(rows):
@@ -99,7 +100,8 @@ class Worker:
         found = llama_cpp.llama_get_logits(context)  # waits for the result
         address = ctypes.addressof(found.contents)
         buffer = (ctypes.c_float * (wanted * self._vocab_size)).from_address(address)
-        return np.frombuffer(buffer, np.float32).reshape(wanted, -1).argmax(1)
+        chosen: NDArray[np.intp] = np.frombuffer(buffer, np.float32).reshape(wanted, -1).argmax(1)
+        return chosen
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openlpu.errors import GraphError, RequestError
-from openlpu.graph import Batch, F32Tensor, Graph, Op, Param, RowTensor, Tensor
+from openlpu.graph import Batch, F32Tensor, Graph, GroupedTensor, Op, Param, RowTensor, Tensor
 from openlpu.graph.ops import types, weights_and_biases
 from openlpu.graph.tensors import TensorSource
 from openlpu.numerics import CHUNK, GROUP
@@ -25,6 +25,7 @@ from openlpu.numerics.rope import cos_sin, rotate
 
 _ROWS_AT_ONCE = 256  # attention rows; keeps temporaries in cache, never changes bits
 _WEIGHTS_AT_ONCE = 1 << 19  # weights widened to float32 at once when rows are few
+_SUMS_AT_ONCE = 1 << 17  # grouped sums at once
 _PATIENT_ROWS = 16  # up to here widening costs more than multiplying
 
 
@@ -175,6 +176,8 @@ class Reference:
         assert isinstance(x, _Quantized)
         rows, (outputs, width) = x.q.shape[0], tensor.q.shape
         at_once = outputs if rows > _PATIENT_ROWS else max(1, _WEIGHTS_AT_ONCE // width)
+        if isinstance(tensor, GroupedTensor):  # many passes over the sums: keep them in cache
+            at_once = min(at_once, max(64, _SUMS_AT_ONCE // max(rows, 1)))
         out = np.empty((rows, outputs), np.float32)
         for start in range(0, outputs, at_once):
             part = slice(start, start + at_once)

@@ -6,9 +6,9 @@ import errno
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tiny_chat import write_tiny_chat
 from openlpu import knobs
 from openlpu.cli import main
 from openlpu.engine import verify
+from openlpu.engine.batcher import Engine
 
 Lpu = Callable[..., tuple[int, str, str]]
 
@@ -86,6 +87,34 @@ def test_chat_survives_a_turn_that_is_too_long(lpu: Lpu, tiny: str) -> None:
     assert code == 0
     assert "context of 256" in err
     assert out
+
+
+def test_an_interrupted_answer_stays_in_the_conversation(
+    lpu: Lpu, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    true_step = Engine.step
+
+    def step(engine: Engine) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+        return true_step(engine)
+
+    monkeypatch.setattr(Engine, "step", step)
+    code, _, err = lpu("chat", "-m", tiny, "--max-tokens", "9", stdin="Hi\n/stats\nHo\n/stats\n")
+    assert code == 0
+    answers = [line for line in err.splitlines() if "answer" in line]
+    assert "answer 3 tokens" in answers[0]
+    assert "kept)" in answers[1]
+
+
+def test_a_bad_knob_is_one_line(lpu: Lpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LPU_DEBUG", "loud")
+    code, out, err = lpu("models")
+    assert (code, out) == (2, "")
+    assert err.startswith("lpu: LPU_DEBUG")
 
 
 def test_eval_compares_engines(lpu: Lpu, tiny: str, tmp_path: Path) -> None:
@@ -273,19 +302,21 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def best_s(*words: str) -> float:
+def processor_s(*words: str) -> float:
+    """Processor time of a command, the least of three: a busy machine hardly changes it."""
     times = []
     for _ in range(3):
-        started_s = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert python(*words).returncode == 0
-        times.append(time.perf_counter() - started_s)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(times)
 
 
 def test_help_and_import_are_quick() -> None:
-    """0.3 s each on a calm machine; a shared one gets twice that."""
-    assert best_s("-c", "import openlpu") < 0.6
-    assert best_s("-m", "openlpu", "--help") < 0.6
+    """0.3 s on a calm machine; neighbours on the same core may add half of that."""
+    assert processor_s("-c", "import openlpu") < 0.45
+    assert processor_s("-m", "openlpu", "--help") < 0.45
 
 
 def test_help_needs_no_numpy() -> None:

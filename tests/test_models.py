@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 
+from openlpu.errors import UnsupportedModel
 from openlpu.graph import types
 from openlpu.load.config import from_hf
 from openlpu.load.rope import Rope
@@ -79,6 +80,11 @@ def test_divisors_are_llama3_scaling() -> None:
     divisors = tuple(p / s for p, s in zip(plain.turns, table.turns, strict=True))
     divided = rope_table(Rope(10000.0, freq_divisors=divisors), 32)
     np.testing.assert_allclose(divided.turns, table.turns, rtol=1e-14)
+
+
+def test_yarn_needs_frequencies_that_differ() -> None:
+    with pytest.raises(UnsupportedModel, match=r"yarn with rope theta 1\.0"):
+        rope_table(Rope(1.0, "yarn", factor=2.0, original_context=32), 16)
 
 
 def test_only_wanted_rows_reach_the_head() -> None:

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 `verify` found a differing bit; 2 bad input, named in one 
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Annotated
 
@@ -54,14 +55,19 @@ def _options(
 
 def main() -> None:
     """The command `lpu`."""
+    # A start makes a vocabulary's worth of objects and drops few: looking for rings among them as
+    # often as Python does by default costs a tenth of a second.
+    gc.set_threshold(100_000)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # An answer may hold what an odd terminal cannot show; that is no reason to stop.
             stream.reconfigure(errors="replace")
+    debugging = False
     try:
+        debugging = DEBUG.value > 0
         code = app(standalone_mode=False)
     except LpuError as error:
-        if DEBUG.value:
+        if debugging:
             raise
         code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):

@@ -82,18 +82,29 @@ def inspect(
         return
     write(f"{_sizes(compiled)}\n\n{_passes(found)}")
     if host:
+        tasks = host.pop("tasks")
         write("\n" + "".join(f"{name:14}{value}\n" for name, value in host.items()))
+        rows = [[name, str(count)] for name, count in tasks.items()]
+        write("\n" + table(["kernel", "tasks a step"], rows))
     write(f"\n{text}")
 
 
 def _host(compiled: Compiled, progress: Progress) -> dict[str, Any]:
     """What the host engine makes of it; compiles and packs if that was not done before."""
+    from collections import Counter
+
+    from openlpu.host.kernels import symbol
+    from openlpu.host.plan import make_plan
+
     with closing(compiled.host(progress=progress)) as host:
         return {
             "kernels": host.kernels,
             "threads": host.threads,
             "packed_bytes": host.packed_bytes,
             "identity": host.identity,
+            "tasks": dict(
+                Counter(symbol(task.spec) for task in make_plan(host.graph, host.threads).tasks)
+            ),
         }
 
 

@@ -81,11 +81,17 @@ class Engine:
         )
         return sequence.answer
 
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is unfinished, so that `step` has something to do."""
+        return any(s.answer and not s.answer.done for s in self._sequences.values())
+
     def step(self) -> list[tuple[Sequence, int]]:
         """Compute one step over all sequences with unfinished answers; the tokens it sampled.
 
-        A token that ended an answer is among them, but not in the sequence. A sequence whose logits
-        are not finite is left out; its answer holds the error.
+        None are sampled while prompts are on their way; see `busy` for the end. A token that ended
+        an answer is among them, but not in the sequence. A sequence whose logits are not finite is
+        left out; its answer holds the error.
         """
         waiting = [s for s in self._sequences.values() if s.answer and not s.answer.done]
         waiting.sort(key=lambda s: s.pending > 1)  # decoding first; the sort keeps ages in order

@@ -139,8 +139,8 @@ def _decode(engine: Engine, compiled: Compiled, *, sequences: int) -> tuple[floa
         first_s = time.perf_counter() - started_s
         before = sum(len(s.answer.generated) for s in opened if s.answer)
         started_s = time.perf_counter()
-        while engine.step():
-            pass
+        while engine.busy:
+            engine.step()
         seconds = time.perf_counter() - started_s
         after = sum(len(s.answer.generated) for s in opened if s.answer)
         return first_s, (after - before) / seconds

@@ -79,7 +79,7 @@ class Compiled:
 
         Raises UnsupportedTarget if the processor lacks `kernels`, StoreError if the cache fails.
         """
-        return build_host(
+        model = build_host(
             self.graph,
             Materializer(self.weights),
             store=store or Store(),
@@ -89,6 +89,8 @@ class Compiled:
             pages=pages,
             progress=progress,
         )
+        self.weights.release()  # packing walked the whole checkpoint; nothing reads it again
+        return model
 
     def reference(self, *, graph: Graph | None = None) -> ReferenceRunner:
         """The slow exact reference, of the last graph or of any other of `stages`."""

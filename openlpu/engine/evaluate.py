@@ -20,7 +20,8 @@ from openlpu.engine.batcher import Engine
 from openlpu.errors import NumericOverflow, RequestError
 
 DEFAULT_WINDOW = 1024  # tokens
-_ROWS = 64  # rows of logits held in float64 at once
+_ROWS = 256  # of one step
+_ROWS_WIDE = 32  # held in float64 at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +75,13 @@ def perplexity(
 
 def row_losses(logits: NDArray[np.float32], targets: Sequence[int]) -> list[float]:
     """-ln softmax(logits)[target] of each row: logits [R, V], R targets."""
-    wide = logits.astype(np.float64)
-    top = wide.max(axis=1)
-    if not np.isfinite(top).all():
-        raise NumericOverflow("logits are not finite; the checkpoint is damaged")
-    total = np.log(np.exp(wide - top[:, None]).sum(axis=1)) + top
-    losses: list[float] = (total - wide[np.arange(len(targets)), list(targets)]).tolist()
+    losses: list[float] = []
+    for start in range(0, len(targets), _ROWS_WIDE):
+        wide = logits[start : start + _ROWS_WIDE].astype(np.float64)
+        top = wide.max(axis=1)
+        if not np.isfinite(top).all():
+            raise NumericOverflow("logits are not finite; the checkpoint is damaged")
+        total = np.log(np.exp(wide - top[:, None]).sum(axis=1)) + top
+        at = np.asarray(targets[start : start + _ROWS_WIDE])
+        losses += (total - wide[np.arange(len(at)), at]).tolist()
     return losses

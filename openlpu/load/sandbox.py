@@ -149,7 +149,10 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a global, a macro, or a listed method of a plain value; nothing else."""
         method = getattr(obj, "__wrapped__", obj)
-        if isinstance(method, (types.BuiltinMethodType, types.MethodType)):
+        if id(obj) in self._free_calls:
+            # They hash, compare or print what they are given.
+            self.meter.charge_structure([args, kwargs])
+        elif isinstance(method, (types.BuiltinMethodType, types.MethodType)):
             owner, name = method.__self__, method.__name__
             if not any(isinstance(owner, kind) and name in METHODS[kind] for kind in METHODS):
                 raise TemplateError(f"the chat template calls {name}(), which is not allowed")
@@ -158,9 +161,6 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
                 self._price_join(args[0], owner)
             given = {key: value for key, value in kwargs.items() if not key.startswith("_")}
             self._price(name, owner, args, given)
-        elif id(obj) in self._free_calls:
-            # They hash, compare or print what they are given.
-            self.meter.charge_structure([args, kwargs])
         elif isinstance(obj, _CALLABLES):
             self.meter.charge(4 * STEP_BYTES)
         else:

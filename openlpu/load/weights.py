@@ -114,7 +114,7 @@ class Weights:
         if tensor.encoding not in LOSSLESS_BLOCKS or len(tensor.shape) != 2:
             raise UnsupportedTensor(
                 f"tensor {name} is {tensor.encoding} {list(tensor.shape)}; only matrices of "
-                f"{', '.join(LOSSLESS_BLOCKS)} import without loss, use precision w8a8"
+                f"{', '.join(LOSSLESS_BLOCKS)} import without loss, use precision w8"
             )
         first, last, _ = slice(start, stop).indices(tensor.shape[0])
         return np.ascontiguousarray(tensor.stored_rows(first, last))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal, localcontext
 
+from openlpu.errors import UnsupportedModel
 from openlpu.graph import RopeTable
 from openlpu.load.config import Rope
 from openlpu.numerics.rope import base_frequencies, turns
@@ -19,7 +20,14 @@ _TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875021164194989
 
 
 def rope_table(rope: Rope, head_dim: int) -> RopeTable:
-    """The frequencies of head_dim / 2 pairs, scaled as `rope` says."""
+    """The frequencies of head_dim / 2 pairs, scaled as `rope` says.
+
+    Raises UnsupportedModel for yarn over equal frequencies, where its blend has no meaning.
+    """
+    if rope.kind == "yarn" and rope.theta <= 1.0:
+        raise UnsupportedModel(
+            f"yarn with rope theta {rope.theta} is not supported; it must be > 1"
+        )
     with localcontext() as context:
         context.prec = _DIGITS
         base = base_frequencies(rope.theta, head_dim)
