@@ -173,16 +173,13 @@ def test_an_end_token_is_no_part_of_the_answer(engine: Engine) -> None:
     assert answer.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("raises", [False, True])
-def test_a_poisoned_row_fails_alone(compiled: Compiled, raises: bool) -> None:
-    """Whether the runner hands over what is not finite, or raises for the whole step."""
+def test_a_poisoned_row_fails_alone(compiled: Compiled) -> None:
+    """Logits that are not finite end that answer, and no other."""
 
     class Poisoned(ReferenceRunner):
         def step(self, batch: Batch) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
             logits = super().step(batch)
             logits[batch.slots[batch.wanted] == 1, 5] = np.nan
-            if raises and np.isnan(logits).any():
-                raise NumericOverflow("no bits")
             return logits
 
     source = Materializer(compiled.weights)

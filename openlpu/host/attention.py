@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from openlpu.graph.step import PAGE
 from openlpu.host.emit import F32, I8, I32, I64, LANES, VB, VF, VI, Kit, Value
-from openlpu.host.gemm import SHAPES, microkernel
+from openlpu.host.gemm import SHAPES, Shape, microkernel
 from openlpu.host.kernels import Attention
 from openlpu.host.layout import TASK_ARGS, Context, head_bytes, padded
 from openlpu.host.rows import columns, correction, my_rows, normalize, quantize_span
@@ -262,6 +262,11 @@ class _Scratch:
         self.total_o = kit.scratch(F32, group * dim)
 
 
+def _side_by_side(shape: Shape, rows: int) -> int:
+    """Blocks at once for so many query heads: K and V are in near caches, so registers decide."""
+    return max(1, min(4, shape.rows * shape.width // rows))
+
+
 def _matrix(
     kit: Kit, x: Value, ldx: int, w: Value, k4: Value, tile: Value, rows: int, blocks: int
 ) -> None:
@@ -270,7 +275,7 @@ def _matrix(
     shape = SHAPES[kit.target.name]
     for first in range(0, rows, shape.rows):
         count = min(shape.rows, rows - first)
-        wide = shape.single_panel if count <= shape.single_rows else shape.panel
+        wide = _side_by_side(shape, count)
         done = 0
         while done < blocks:
             nr = min(wide, blocks - done)
@@ -292,7 +297,7 @@ def _tile_offset(kit: Kit, rows: int, blocks: int, row: int, block: int) -> int:
     shape = SHAPES[kit.target.name]
     first = row // shape.rows * shape.rows
     count = min(shape.rows, rows - first)
-    wide = shape.single_panel if count <= shape.single_rows else shape.panel
+    wide = _side_by_side(shape, count)
     done = block // wide * wide
     nr = min(wide, blocks - done)
     return (first * blocks + done * count + (row - first) * nr + block - done) * LANES

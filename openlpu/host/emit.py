@@ -165,6 +165,12 @@ class Kit:
         slot.type = PTR  # opaque, as every pointer here
         return slot
 
+    def prefetch(self, pointer: Value) -> None:
+        """Ask for a line to be read into the second cache; a wrong address does nothing."""
+        hint = [pointer, self.i32(0), self.i32(2), self.i32(1)]
+        function = self.external("llvm.prefetch.p0", ir.VoidType(), [PTR, I32, I32, I32])
+        self.b.call(function, hint)
+
     # -- 16 lanes -----------------------------------------------------------------------------
 
     def splat(self, scalar: Value) -> Value:

@@ -1,8 +1,9 @@
 """In: a Kit. Out: integer matrix kernels: microkernels, and the linears built on them.
 
-A panel is `nr` neighbouring 16-output blocks; its weights stream once from memory. With up to
-SINGLE_ROWS rows the panel is wide (four streams hide latency); with more rows, blocks of rows
-share each loaded line from registers. Microkernels only add to an int32 tile; the epilogue turns
+A panel is `nr` neighbouring 16-output blocks; its weights stream once from memory. With few rows
+the blocks go one after the other, so that memory is read as one stream, which the processor's own
+prefetching follows best; with more rows, blocks of rows share
+each loaded line from registers. Microkernels only add to an int32 tile; the epilogue turns
 the tile into float32 and finishes the op, so that integer and float code stay apart.
 """
 
@@ -13,30 +14,28 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from openlpu.host.emit import BLOCK, F32, I32, I64, LANES, PTR, VF, VI, Kit, Value
+from openlpu.host.emit import BLOCK, F32, I8, I32, I64, LANES, PTR, VF, VI, Kit, Value
 from openlpu.host.kernels import Linear
 from openlpu.host.layout import TASK_ARGS, padded, quantized_bytes
 from openlpu.host.rows import own_copy, row_count, split
 from openlpu.numerics import GROUP
 
 LINE_BYTES = 64
+# From so many rows on, the next panel is fetched while this one is used: the sums of a line then
+# fill the processor's window, and it no longer runs ahead to the next lines by itself.
+FETCH_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Register blocking of a target: rows x panel blocks, and the wide panel for few rows."""
+    """Register blocking: up to `rows` rows by `width` blocks; up to `few_rows` rows by one."""
 
     rows: int
-    panel: int
-    single_rows: int
-    single_panel: int
+    width: int
+    few_rows: int
 
 
-SHAPES = {
-    "avx512": Shape(12, 2, 4, 4),
-    "avx2": Shape(4, 1, 1, 4),
-    "plain": Shape(2, 1, 1, 2),
-}
+SHAPES = {"avx512": Shape(12, 2, 8), "avx2": Shape(4, 1, 2), "plain": Shape(2, 1, 1)}
 MICRO = ir.FunctionType(ir.VoidType(), [PTR, I64, PTR, I64, PTR])  # x, ldx, w, K/4, tile
 
 
@@ -46,28 +45,38 @@ def microkernel(kit: Kit, mr: int, nr: int) -> Value:
     found = kit.defined(name)
     if found is not None:
         return found
-    unroll = 4 if mr * nr <= 8 else 1
+    # A short chain of dependent sums would wait for itself: split k over several accumulators.
+    ways = 4 if mr * nr <= 2 else 2 if mr * nr <= 6 else 1
+    unroll = max(ways, 4 if mr * nr <= 4 else 1)
     with kit.function(name, MICRO, internal=True) as (x, ldx, w, k4, tile):
         b = kit.b
         block_bytes = b.mul(k4, kit.i64(LINE_BYTES))
         streams = [kit.at(w, b.mul(block_bytes, kit.i64(n))) for n in range(nr)]
         rows = [kit.at(x, b.mul(ldx, kit.i64(m))) for m in range(mr)]
         tiles = [kit.item(tile, i * LANES, I32) for i in range(mr * nr)]
-        start = [kit.load(t, VI) for t in tiles]
+        start = [kit.load(t, VI) for t in tiles] + [kit.vi(0)] * ((ways - 1) * mr * nr)
+        panel_bytes = b.mul(block_bytes, kit.i64(nr))
 
         def body(k: Value, acc: list[Value]) -> list[Value]:
             for u in range(unroll):
                 at = b.add(k, kit.i64(u))
-                line = b.mul(at, kit.i64(LINE_BYTES))
-                blocks = [kit.load(kit.at(s, line), BLOCK) for s in streams]
+                lines = [kit.at(s, b.mul(at, kit.i64(LINE_BYTES))) for s in streams]
+                blocks = [kit.load(line, BLOCK) for line in lines]
+                for line in lines if mr >= FETCH_ROWS else []:
+                    kit.prefetch(b.gep(line, [panel_bytes], source_etype=I8))
                 for m in range(mr):
                     x4 = kit.load(kit.item(rows[m], at, I32), I32)
                     for n in range(nr):
-                        acc[m * nr + n] = kit.dot4(acc[m * nr + n], blocks[n], x4)
+                        i = (u % ways * mr + m) * nr + n
+                        acc[i] = kit.dot4(acc[i], blocks[n], x4)
             return acc
 
-        for t, value in zip(tiles, kit.loop(kit.i64(0), k4, unroll, start, body), strict=True):
-            kit.store(value, t)
+        acc = kit.loop(kit.i64(0), k4, unroll, start, body)
+        for i, t in enumerate(tiles):
+            total = acc[i]
+            for way in range(1, ways):
+                total = b.add(total, acc[way * mr * nr + i])
+            kit.store(total, t)
     return kit.module.globals[name]
 
 
@@ -145,21 +154,27 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
         _grouped(kit, name, op)
         return
     shape = SHAPES[kit.target.name]
-    variants = {
-        True: (shape.single_panel, shape.single_rows),
-        False: (max(shape.panel, 2 if op.epilogue == "swiglu" else 1), shape.rows),
+    # Gate and up stand in neighbouring blocks, so a swiglu panel has two.
+    nr = max(shape.width, 2 if op.epilogue == "swiglu" else 1)
+    micro = {
+        True: micro_any(kit, 1, shape.few_rows),
+        False: micro_any(kit, shape.width, shape.rows),
     }
-    micro = {few: micro_any(kit, nr, most) for few, (nr, most) in variants.items()}
     with kit.function(name) as (context, task, thread, threads):
         b = kit.b
         rows = row_count(kit, context, task)
         row_bytes = quantized_bytes(op.k, 0)
         x = own_copy(kit, kit.pointer(task, TASK_ARGS + 1), rows, thread, row_bytes)
         w, scales = kit.pointer(task, TASK_ARGS + 2), kit.pointer(task, TASK_ARGS + 3)
-        tile = kit.scratch(VI, max(nr * most for nr, most in variants.values()))
+        tile = kit.scratch(VI, nr * shape.rows)
 
         def emit(few: bool) -> None:
-            nr, most = variants[few]
+            most, width = (shape.few_rows, 1) if few else (shape.rows, shape.width)
+
+            def at_tile(m: Value, n: int) -> Value:
+                """The tile is [block / width][row][width]."""
+                within = b.add(b.mul(m, kit.i64(width)), kit.i64(n % width))
+                return kit.item(tile, b.add(within, kit.i64(n // width * most * width)), VI)
 
             def body(block: Value, first: Value, count: Value) -> None:
                 xs = kit.at(x, b.mul(first, kit.i64(row_bytes)))
@@ -168,14 +183,15 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
                     at = kit.at(xs, b.add(b.mul(m, kit.i64(row_bytes)), kit.i64(op.k + 4)))
                     value = kit.splat(kit.load(at, I32))
                     for n in range(nr):
-                        kit.store(value, _tile(kit, tile, m, n, nr), align=64)
+                        kit.store(value, at_tile(m, n), align=64)
 
                 kit.each(kit.i64(0), count, start)
                 panel = kit.at(w, b.mul(block, kit.i64(op.k * LANES)))
-                b.call(
-                    micro[few],
-                    [count, xs, kit.i64(row_bytes), panel, kit.i64(op.k // 4), tile],
-                )
+                for n in range(0, nr, width):
+                    weights = kit.at(panel, n * op.k * LANES)
+                    into = at_tile(kit.i64(0), n)
+                    sizes = kit.i64(row_bytes), kit.i64(op.k // 4)
+                    b.call(micro[few], [count, xs, sizes[0], weights, sizes[1], into])
                 at = b.mul(block, kit.i64(LANES))
                 weight_scales = [
                     kit.load(kit.item(scales, b.add(at, kit.i64(n * LANES)), F32), VF)
@@ -187,7 +203,7 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
                     scale = kit.splat(kit.load(kit.at(xs, offset), F32))
                     ys = [
                         b.fmul(
-                            b.sitofp(kit.load(_tile(kit, tile, m, n, nr), VI, align=64), VF),
+                            b.sitofp(kit.load(at_tile(m, n), VI, align=64), VF),
                             b.fmul(scale, weight_scales[n]),
                         )
                         for n in range(nr)
@@ -199,16 +215,12 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
             bounds = split(kit, kit.i64(op.blocks // nr), thread, threads)
             _panels(kit, nr, most, bounds, rows, body)
 
-        few = b.icmp_signed("<=", rows, kit.i64(shape.single_rows))
+        few = b.icmp_signed("<=", rows, kit.i64(shape.few_rows))
         with b.if_else(few) as (then, otherwise):
             with then:
                 emit(True)
             with otherwise:
                 emit(False)
-
-
-def _tile(kit: Kit, tile: Value, m: Value, n: int, nr: int) -> Value:
-    return kit.item(tile, kit.b.add(kit.b.mul(m, kit.i64(nr)), kit.i64(n)), VI)
 
 
 GROUPED_ROWS, GROUPED_PANEL = 4, 2

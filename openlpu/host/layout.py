@@ -18,7 +18,7 @@ from enum import IntEnum
 from openlpu.graph.step import PAGE
 
 N_PAD = 64  # outputs; four 16-lane blocks
-FEW_ROWS = 8  # rows up to which a weight line is loaded once and quantizing is done per thread
+FEW_ROWS = 2  # rows up to which each thread quantizes for itself, which is cheaper than a barrier
 MAX_ROWS = 512  # rows of one native step; longer prompts go in chunks
 LINE_WORDS = 8  # 64-bit words of a cache line
 
