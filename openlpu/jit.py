@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openlpu.errors import UnsupportedTarget
@@ -17,7 +17,8 @@ from openlpu.knobs import KERNELS
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A kernel set: the processor features it is compiled for."""
+    """A kernel set: the processor features it is compiled for. An empty triple means the machine's
+    own, an empty cpu a generic one."""
 
     name: str
     triple: str
@@ -38,7 +39,7 @@ TARGETS: dict[str, Target] = {
             ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
         ),
         Target("avx2", X86, "x86-64-v3", "", ("avx2", "fma", "bmi2")),
-        Target("plain", X86, "x86-64", "", ()),
+        Target("plain", "", "", "", ()),  # portable: this machine's own triple, generic processor
     )
 }
 
@@ -72,14 +73,15 @@ def select(name: str | None = None) -> Target:
     wanted = name or KERNELS.value
     usable = available()
     if wanted == "auto":
-        return TARGETS[usable[0]]
+        wanted = usable[0]
     if wanted not in TARGETS:
         raise UnsupportedTarget(f"unknown kernel set {wanted!r}; known: {', '.join(TARGETS)}")
     if wanted not in usable:
         raise UnsupportedTarget(
             f"this processor cannot run the {wanted} kernels; it can run: {', '.join(usable)}"
         )
-    return TARGETS[wanted]
+    target = TARGETS[wanted]
+    return target if target.triple else replace(target, triple=_binding().get_default_triple())
 
 
 def _machine(target: Target) -> Any:
