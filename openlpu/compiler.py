@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 from openlpu.errors import RequestError
 from openlpu.graph import Graph, types
+from openlpu.graph.text import dumps
+from openlpu.knobs import debug, timed
 from openlpu.load.config import ModelConfig
 from openlpu.models import build
 from openlpu.passes.fold_gains import fold_gains
@@ -73,6 +75,14 @@ def compile_graph(
     for name, run in passes.items():
         if stages[-1][0] == stop:
             break
-        graph = run(graph, encodings)
+        with timed(2, f"pass {name}"):
+            graph = run(graph, encodings)
         stages.append((name, graph))
+    for name, graph in stages:
+        _tell(name, graph)
     return stages
+
+
+def _tell(name: str, graph: Graph) -> None:
+    debug(2, lambda: f"after {name}: {len(graph.ops)} ops")
+    debug(3, lambda: dumps(graph))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -88,6 +90,20 @@ def override(**values: Any) -> Iterator[None]:
     finally:
         for name, value in saved.items():
             KNOBS[name].override = value
+
+
+def debug(level: int, text: Callable[[], str]) -> None:
+    """Write text to standard error when LPU_DEBUG is at least `level`; it is made only then."""
+    if DEBUG.value >= level:
+        sys.stderr.write(f"{text()}\n")
+
+
+@contextlib.contextmanager
+def timed(level: int, what: str) -> Iterator[None]:
+    """Tell how long the block took, at debug level `level`."""
+    started_s = time.perf_counter()
+    yield
+    debug(level, lambda: f"{what}: {time.perf_counter() - started_s:.3f} s")
 
 
 def table() -> str:

@@ -23,6 +23,7 @@ from openlpu.host.kernels import (
     symbol,
 )
 from openlpu.jit import Target
+from openlpu.knobs import debug, timed
 from openlpu.store import Store
 
 ENTRY_POINTS = ("begin", "run", "work")
@@ -88,13 +89,16 @@ def load_kernels(
 ) -> jit.Loaded:
     """The kernels in memory, compiled now or mapped from the cache."""
     names = [symbol(spec) for spec in specs]
-    text = "\0".join([jit.llvm_version(), repr(target), _source_hash(), *names])
-    key = hashlib.sha256(text.encode()).hexdigest()
+    version = "\0".join([jit.llvm_version(), repr(target), _source_hash(), *names])
+    key = hashlib.sha256(version.encode()).hexdigest()
     path = store.get("kernels", key)
     if path is None:
         if progress:
             progress("compiling kernels", 0, len(specs))
-        code = jit.compile_ir(build_ir(specs, target), target)
+        with timed(1, f"{len(specs)} kernels compiled for {target.name}"):
+            text = build_ir(specs, target)
+            debug(4, lambda: text)
+            code = jit.compile_ir(text, target)
         with store.create("kernels", key) as new:
             new.write_bytes(hashlib.sha256(code).digest() + code)
         if progress:
@@ -105,4 +109,5 @@ def load_kernels(
         if hashlib.sha256(code).digest() != data[:32]:
             store.remove("kernels", key)
             return load_kernels(specs, target, store, progress)
+        debug(1, lambda: f"kernels: {len(specs)} for {target.name} from {path}")
     return jit.Loaded(code, [*ENTRY_POINTS, *names])

@@ -25,6 +25,7 @@ from openlpu.graph import F32Tensor, Graph, GroupedTensor, Op, Param, RowTensor,
 from openlpu.graph.identity import IdentityHasher
 from openlpu.graph.ops import weights_and_biases
 from openlpu.host.layout import padded
+from openlpu.knobs import timed
 from openlpu.store import Store, explained
 
 MAGIC = b"OPENLPU-PACK-1\n\0"
@@ -276,11 +277,12 @@ def open_or_pack(
             with store.lock("pack", key):
                 path = store.get("pack", key)
                 if path is None:
-                    with store.create("pack", key) as new:
+                    with timed(1, "weights packed"), store.create("pack", key) as new:
                         write(new, graph, source, progress)
                     path = store.get("pack", key)
         if path is not None:
-            packed = read(_in_memory(path))
+            with timed(1, f"weights read from {path}"):
+                packed = read(_in_memory(path))
             if packed is not None:
                 return packed
             if attempt == 0:

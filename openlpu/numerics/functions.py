@@ -36,7 +36,8 @@ def exp2(t: F32) -> F32:
         p = p * f + c
     p = p * f + np.float32(1.0)
     power = ((n.astype(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return p * power
+    y: F32 = p * power
+    return y
 
 
 def silu(g: F32) -> F32:
