@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -273,3 +274,20 @@ def test_buffers_are_not_reused_before_a_barrier() -> None:
         reading |= sources
         if task.barrier is Barrier.ALWAYS:
             reading.clear()
+
+
+def test_a_closed_or_forked_model_says_so(store: Store) -> None:
+    """Its workers are gone: a step would wait for them forever."""
+    host = host_of(random_model("llama"), store, threads=2)
+    child = os.fork()
+    if child == 0:
+        try:
+            host.step(batch(prompt(2)))
+        except RequestError:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    host.close()
+    host.close()
+    with pytest.raises(RequestError, match="closed"):
+        host.step(batch(prompt(2)))

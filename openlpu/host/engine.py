@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -50,7 +51,7 @@ def _aligned(size_bytes: int) -> NDArray[np.uint8]:
 
 
 class HostModel:
-    """A model compiled for this processor. One step at a time; not for use by two threads at once.
+    """A model compiled for this processor. One step at a time: callers in several threads wait.
 
     max_rows: rows of one step. pages: K/V pages of PAGE positions in the pool. packed_bytes and
     kv_bytes: sizes of the mapped weights and of the pool. identity: sha256 over contract, graph
@@ -71,6 +72,7 @@ class HostModel:
         progress: Progress | None,
     ) -> None:
         target = select(kernels)
+        self._lock = threading.Lock()
         self.graph, self.threads, self.kernels = graph, threads, target.name
         self.identity, self.packed_bytes = packed.identity, packed.weight_bytes
         self._packed = packed
@@ -138,10 +140,11 @@ class HostModel:
         """Make the K/V pool at least `pages` pages; what is in it stays."""
         if pages <= self.pages:
             return
-        wider = _aligned(pages * self.page_bytes)
-        wider[: self.kv_bytes] = self._kv
-        self._kv, self.pages = wider, pages
-        self._set(Context.KV, wider.ctypes.data)
+        with self._lock:  # a step in another thread must not lose its pool
+            wider = _aligned(pages * self.page_bytes)
+            wider[: self.kv_bytes] = self._kv
+            self._kv, self.pages = wider, pages
+            self._set(Context.KV, wider.ctypes.data)
 
     def step(self, batch: Batch) -> NDArray[np.float32]:
         """Run one step; returns the logits of the wanted rows, float32 [L, V], in fresh memory.
@@ -149,6 +152,10 @@ class HostModel:
         A row that left the finite range comes back as NaN, and spares the others. Raises
         RequestError if the batch breaks the rules of Batch.
         """
+        with self._lock:
+            return self._step(batch)
+
+    def _step(self, batch: Batch) -> NDArray[np.float32]:
         rows, wanted = batch.tokens.shape[0], batch.wanted.shape[0]
         arrays = self._checked(batch)
         if rows == 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedWriter
 from itertools import chain
@@ -21,7 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openlpu.errors import StoreError
-from openlpu.graph import F32Tensor, Graph, GroupedTensor, Op, Param, RowTensor, TensorSource
+from openlpu.graph import (
+    F32Tensor,
+    Graph,
+    GroupedTensor,
+    Op,
+    Param,
+    RowTensor,
+    Tensor,
+    TensorSource,
+)
 from openlpu.graph.identity import IdentityHasher
 from openlpu.graph.ops import weights_and_biases
 from openlpu.host.layout import padded
@@ -32,6 +41,7 @@ MAGIC = b"OPENLPU-PACK-1\n\0"
 ALIGN = 64
 HUGE_PAGE_BYTES = 2 << 20
 READERS = 2  # threads that read the file in
+MAKERS = 4  # threads that evaluate recipes while packing; a linear has up to three matrices
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
@@ -67,9 +77,12 @@ def blocks16(q: NDArray[np.int8]) -> U8:
 class _Writer:
     """Appends aligned parts; hashes the canonical tensors as they pass."""
 
-    def __init__(self, file: BufferedWriter, graph: Graph, source: TensorSource) -> None:
+    def __init__(
+        self, file: BufferedWriter, graph: Graph, source: TensorSource, pool: ThreadPoolExecutor
+    ) -> None:
         self.file = file
         self.source = source
+        self.pool = pool
         self.identity = IdentityHasher(graph)
 
     def part(self, chunks: Iterable[NDArray[Any]]) -> int:
@@ -81,8 +94,20 @@ class _Writer:
         return start
 
     def matrix(self, param: Param) -> Iterator[GroupedTensor]:
-        """Blocks of rows of a quantized matrix; a scale per row counts as one group."""
-        for tensor in self.source.blocks(param):
+        """Blocks of rows of a quantized matrix; a scale per row counts as one group.
+
+        The next block is made by the pool while this one is written, from now on, so that several
+        matrices asked for together are made together. Their order, and so the file, is fixed.
+        """
+        blocks = self.source.blocks(param)
+        first = self.pool.submit(next, blocks, None)
+        return self._grouped(param, blocks, first)
+
+    def _grouped(
+        self, param: Param, blocks: Iterator[Tensor], coming: Future[Tensor | None]
+    ) -> Iterator[GroupedTensor]:
+        while (tensor := coming.result()) is not None:
+            coming = self.pool.submit(next, blocks, None)
             self.identity.add(param, tensor)
             if isinstance(tensor, RowTensor):
                 yield GroupedTensor(tensor.q, tensor.scale[:, None], None)
@@ -193,9 +218,9 @@ def write(path: Path, graph: Graph, source: TensorSource, progress: Progress | N
     ops = [op for op in graph.ops if op.params]
     total = sum(_size(op) for op in ops)
     done = 0
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(MAKERS) as pool:
         file.write(MAGIC + bytes(48))
-        out = _Writer(file, graph, source)
+        out = _Writer(file, graph, source, pool)
         pieces: dict[str, Piece] = {}
         for op in ops:
             if progress:

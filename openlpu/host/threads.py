@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from openlpu.errors import RequestError
 from openlpu.host.layout import Context
 from openlpu.jit import Loaded
 
@@ -26,6 +28,7 @@ class Team:
         self._run = ctypes.CFUNCTYPE(None, address)(code.address("run"))
         work = ctypes.CFUNCTYPE(c_long, address, c_long, c_long)(code.address("work"))
         self._at = at
+        self._process = os.getpid()
         self._wake = [threading.Semaphore(0) for _ in range(threads)]
         self._closing = threading.Event()
         seen = int(context[Context.GENERATION])
@@ -44,7 +47,14 @@ class Team:
         self.close = weakref.finalize(self, _end, self._closing, self._wake, self._workers)
 
     def step(self) -> None:
-        """Run the task table once on all threads; returns when every thread is done."""
+        """Run the task table once on all threads; returns when every thread is done.
+
+        Raises RequestError where the workers are gone: after `close`, or in a forked child.
+        """
+        if not self.close.alive:
+            raise RequestError("the model is closed; load it again")
+        if os.getpid() != self._process:
+            raise RequestError("the model was loaded before a fork; load it in the new process")
         parked = self._begin(self._at)
         thread = 1
         while parked >> thread:
