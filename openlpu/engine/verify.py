@@ -244,8 +244,6 @@ def _kernels(
 ) -> Iterator[Claim]:
     for kernels in KERNELS:
         started_s, found = time.perf_counter(), Differences()
-        # The plain kernels are slow; one short prompt shows them.
-        some = lengths[:1] if kernels == "plain" else lengths
         try:
             host = compiled.host(kernels=kernels)
         except UnsupportedTarget:
@@ -253,9 +251,9 @@ def _kernels(
             yield _claim(f"{kernels} kernels", cases, found, started_s, tested=False)
             continue
         with closing(host):
-            for n in some:
+            for n in lengths:
                 found.add(rows_of(host, compiled, prompts[n]), base[n])
-        yield _claim(f"{kernels} kernels", _tokens_text(some), found, started_s)
+        yield _claim(f"{kernels} kernels", _tokens_text(lengths), found, started_s)
 
 
 def _restart(name_or_path: str, precision: str, expected: F32, length: int) -> Claim:
