@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
@@ -42,10 +43,12 @@ class Model:
         checkpoint: Checkpoint,
         compiled: Compiled,
         runner: Runner,
+        tokenizer: Tokenizer | None = None,
         *,
         context: int | None = None,
     ) -> None:
-        """context: most tokens of prompt and answer together; None means the model's own."""
+        """context: most tokens of prompt and answer together; None means the model's own.
+        tokenizer: made from the checkpoint if not given."""
         trained = compiled.graph.context
         if context is not None and not 1 < context <= trained:
             raise RequestError(f"context is {context}; give 2 to {trained:,}, the model's own")
@@ -54,7 +57,7 @@ class Model:
         self.compiled = compiled
         self.runner = runner
         self.context = context or trained
-        self.tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
+        self.tokenizer = tokenizer or Tokenizer.from_source(checkpoint.tokenizer)
         self.engine = Engine(runner, context=self.context, vocab_size=compiled.config.vocab_size)
         self._template: ChatTemplate | None = None
 
@@ -215,5 +218,12 @@ def load(
     in all). Raises CheckpointError, DownloadError, StoreError, UnsupportedTarget, RequestError.
     """
     checkpoint, compiled = open_model(name_or_path, precision=precision, progress=progress)
-    runner = compiled.host(threads=threads, kernels=kernels, progress=progress)
-    return Model(checkpoint, compiled, runner, context=context)
+    with ThreadPoolExecutor(1) as pool:
+        # Building the vocabulary takes as long as reading the weights: do both at once.
+        tokenizer = pool.submit(Tokenizer.from_source, checkpoint.tokenizer)
+        runner = compiled.host(threads=threads, kernels=kernels, progress=progress)
+        try:
+            return Model(checkpoint, compiled, runner, tokenizer.result(), context=context)
+        except BaseException:
+            runner.close()
+            raise
