@@ -26,7 +26,7 @@ from openlpu.jit import Target
 from openlpu.knobs import debug, timed
 from openlpu.store import Store
 
-ENTRY_POINTS = ("begin", "run", "work")
+ENTRY_POINTS = ("prepare", "run", "stop", "work")
 
 
 def build_ir(specs: Sequence[Spec], target: Target) -> str:
@@ -87,7 +87,7 @@ def load_kernels(
     store: Store,
     progress: Callable[[str, int, int], None] | None,
 ) -> jit.Loaded:
-    """The kernels in memory, compiled now or mapped from the cache."""
+    """The kernels in memory, compiled now or read from the cache."""
     names = [symbol(spec) for spec in specs]
     version = "\0".join([jit.llvm_version(), repr(target), _source_hash(), *names])
     key = hashlib.sha256(version.encode()).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,14 +34,23 @@ from openlpu.knobs import THREADS
 from openlpu.numerics.rope import cos_sin
 from openlpu.store import Store
 
-MAX_THREADS = 63  # the parked workers of a step are bits of one word
+MAX_THREADS = 256
 _FIRST_POSITIONS = 2048  # rope table rows at the start; grows by doubling
 Progress = Callable[[str, int, int], None]
 
 
 def default_threads() -> int:
-    """The knob's, or one per core this process may use."""
-    return THREADS.value or len(os.sched_getaffinity(0))
+    """The knob's, or one per core this process may use, up to what the engine can drive."""
+    return THREADS.value or min(MAX_THREADS, len(os.sched_getaffinity(0)), _quota())
+
+
+def _quota() -> int:
+    """Cores that a control group grants this process (containers), at least 1."""
+    try:
+        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, int(limit) // int(period))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return MAX_THREADS
 
 
 def _aligned(size_bytes: int) -> NDArray[np.uint8]:
@@ -54,7 +64,7 @@ class HostModel:
     """A model compiled for this processor. One step at a time: callers in several threads wait.
 
     max_rows: rows of one step. pages: K/V pages of PAGE positions in the pool. packed_bytes and
-    kv_bytes: sizes of the mapped weights and of the pool. identity: sha256 over contract, graph
+    kv_bytes: sizes of the weights and of the pool. identity: sha256 over contract, graph
     and tensors. threads and kernels: what runs it.
     """
 
@@ -92,7 +102,7 @@ class HostModel:
         self._set(Context.TASK_COUNT, len(self._plan.tasks))
         self._set(Context.THREADS, threads)
         self._set(Context.PAGE_BYTES, self.page_bytes)
-        self._team = Team(code, self._context, threads)
+        self._team = Team(code, self._context)
 
     @property
     def kv_bytes(self) -> int:

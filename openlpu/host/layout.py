@@ -42,10 +42,11 @@ class Context(IntEnum):
     TASK_COUNT = 13
     THREADS = 14
     SHARED_KV = 15  # 1 when some sequence has several rows in this step
-    GENERATION = 2 * LINE_WORDS  # each of these stands alone in its cache line
-    ARRIVED = 3 * LINE_WORDS
-    PHASE = 4 * LINE_WORDS
-    WORKERS = 5 * LINE_WORDS  # one line per thread: 0 running, 1 parked
+    STOPPING = 2 * LINE_WORDS  # 1 once the workers shall leave
+    GENERATION = 3 * LINE_WORDS  # each of these stands alone in its cache line
+    ARRIVED = 4 * LINE_WORDS
+    PHASE = 5 * LINE_WORDS
+    WORKERS = 6 * LINE_WORDS  # one line per thread: 1 while it is parked, and its semaphore
 
 
 class Barrier(IntEnum):

@@ -37,10 +37,13 @@ from openlpu.host.layout import padded
 from openlpu.knobs import timed
 from openlpu.store import Store, explained
 
-MAGIC = b"OPENLPU-PACK-1\n\0"
+MAGIC = b"OPENLPU-PACK-2\n\0"
 ALIGN = 64
 HUGE_PAGE_BYTES = 2 << 20
 READERS = 2  # threads that read the file in
+PART_BYTES = 32 << 20  # what one of them reads at a time
+CHECKED_BYTES = 4 << 20  # what one sum in the header covers
+HEAD_BYTES = 64  # magic, place and length of the header, its sha256
 MAKERS = 4  # threads that evaluate recipes while packing; a linear has up to three matrices
 U8 = NDArray[np.uint8]
 F32 = NDArray[np.float32]
@@ -219,7 +222,7 @@ def write(path: Path, graph: Graph, source: TensorSource, progress: Progress | N
     total = sum(_size(op) for op in ops)
     done = 0
     with path.open("wb") as file, ThreadPoolExecutor(MAKERS) as pool:
-        file.write(MAGIC + bytes(48))
+        file.write(MAGIC + bytes(HEAD_BYTES - len(MAGIC)))
         out = _Writer(file, graph, source, pool)
         pieces: dict[str, Piece] = {}
         for op in ops:
@@ -227,10 +230,13 @@ def write(path: Path, graph: Graph, source: TensorSource, progress: Progress | N
                 progress("packing weights", done, total)
             pieces[op.out] = _PACKERS[op.kind](op, out)
             done += _size(op)
+        end = out.part([])
+        file.flush()
         header = json.dumps(
             {
                 "identity": out.identity.hexdigest(),
-                "weight_bytes": file.tell(),
+                "sums": _sums(np.memmap(path, np.uint8, "r")[HEAD_BYTES:end]),
+                "weight_bytes": end,
                 "pieces": {
                     name: [p.weights, p.scales, p.minima, p.biases] for name, p in pieces.items()
                 },
@@ -258,24 +264,36 @@ def _in_memory(path: Path) -> U8:
     memory = np.empty(size + HUGE_PAGE_BYTES, np.uint8)  # numpy asks for huge pages
     start = -memory.ctypes.data % HUGE_PAGE_BYTES
     data = memory[start : start + size]
-    part = -(-size // READERS)
 
     def fill(at: int) -> None:
         with path.open("rb", buffering=0) as file:
             file.seek(at)
-            view = data.data[at : min(at + part, size)]
+            view = data.data[at : at + PART_BYTES]
             while view and (count := file.readinto(view)):
                 view = view[count:]
 
     with explained(path), ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(fill, range(0, size, part)))
+        list(pool.map(fill, range(0, size, PART_BYTES)))
     data.flags.writeable = False
     return data
 
 
+def _sums(data: U8) -> list[int]:
+    """A 64-bit sum of each CHECKED_BYTES: any one damaged word shows. Costs a few milliseconds."""
+    parts = (data[at : at + CHECKED_BYTES] for at in range(0, data.shape[0], CHECKED_BYTES))
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(_sum, parts))
+
+
+def _sum(part: U8) -> int:
+    whole = part.shape[0] // 8 * 8
+    rest = int.from_bytes(part[whole:].tobytes(), "little")
+    return (int(part[:whole].view(np.uint64).sum(dtype=np.uint64)) + rest) % 2**64
+
+
 def read(data: U8) -> Packed | None:
     """Open a pack; None when it is not whole (the caller packs anew)."""
-    if data.shape[0] < 64 or bytes(data[:16]) != MAGIC:
+    if data.shape[0] < HEAD_BYTES or bytes(data[:16]) != MAGIC:
         return None
     at, size = (int(x) for x in data[16:32].view(np.uint64))
     if at + size != data.shape[0]:
@@ -284,6 +302,8 @@ def read(data: U8) -> Packed | None:
     if hashlib.sha256(header).digest() != bytes(data[32:64]):
         return None
     fields = json.loads(header)
+    if fields["sums"] != _sums(data[HEAD_BYTES:at]):
+        return None
     pieces = {name: Piece(*offsets) for name, offsets in fields["pieces"].items()}
     return Packed(data, pieces, fields["identity"], fields["weight_bytes"])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from openlpu.errors import GraphError
+from openlpu.errors import GraphError, UnsupportedModel
 from openlpu.graph import Graph, Op, Value, types
 from openlpu.graph.ops import weights_and_biases
 from openlpu.host.kernels import (
@@ -29,6 +29,8 @@ from openlpu.host.kernels import (
 from openlpu.host.layout import FEW_ROWS, MAX_ROWS, Barrier, head_bytes, padded, quantized_bytes
 from openlpu.numerics import CHUNK, GROUP
 from openlpu.numerics.attention import softmax_factor
+
+MAX_GROUP = 32  # query heads on one key head
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,11 @@ def _attention(op: Op, task: object) -> list[Task]:
         raise _float(op)
     heads, kv_heads = op.integer("heads"), op.integer("kv_heads")
     dim = op.integer("head_dim")
+    if heads > MAX_GROUP * kv_heads:  # kernels are unrolled over the group
+        raise UnsupportedModel(
+            f"{heads} query heads share {kv_heads} key heads; the host engine takes up to "
+            f"{MAX_GROUP} for each"
+        )
     fused = len(op.src) == 1
     shape = (
         heads,

@@ -1,7 +1,9 @@
 """In: a Kit. Out: the functions that walk the task table: one for the caller, one for workers.
 
-`begin` publishes a step and says which workers are parked; `run` is thread 0's part of it;
-`work` is a worker's life between two parkings. Barriers spin briefly, then yield the processor.
+`run` is a whole step in one call: it wakes the workers, walks as thread 0 and returns when all are
+done, so that nothing that happens in Python, a signal least of all, can leave a step half begun.
+`work` is a worker's life. Barriers spin briefly, then yield the processor; a worker that has waited
+some milliseconds for a step parks on a semaphore.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from openlpu.host.rows import row_count
 
 SPIN = 4000  # pauses before a waiting thread yields
 PARK = 2000  # yields before a worker parks: a few milliseconds
-BEGIN, RUN, WORK = "begin", "run", "work"
+SEMAPHORE_BYTES = 16  # where a worker's semaphore stands in its line, after the flag
 
 
 def _atomic(kit: Kit, context: Value, index: Value | int) -> Value:
@@ -137,62 +139,92 @@ def _define_walk(kit: Kit) -> None:
             b.call(kit.module.globals["barrier"], [context, threads])
 
 
-def define_walk(kit: Kit) -> None:
-    """Define begin, run and work."""
-    _define_wait(kit)
-    _define_barrier(kit)
-    _define_walk(kit)
-    b_kind = ir.FunctionType(I64, [PTR])
-    with kit.function(BEGIN, b_kind) as (context,):
+def _worker(kit: Kit, context: Value, thread: Value) -> tuple[Value, Value]:
+    """A worker's flag (1: parked) and its semaphore."""
+    at = kit.b.add(kit.i64(Context.WORKERS), kit.b.mul(thread, kit.i64(LINE_WORDS)))
+    flag = _atomic(kit, context, at)
+    return flag, kit.at(flag, SEMAPHORE_BYTES)
+
+
+def _define_publish(kit: Kit) -> None:
+    """publish(context): begin the next generation and wake whoever is parked."""
+    with kit.function("publish", ir.FunctionType(ir.VoidType(), [PTR]), internal=True) as args:
+        (context,) = args
         b = kit.b
         b.atomic_rmw("add", _atomic(kit, context, Context.GENERATION), kit.i64(1), "acq_rel")
 
-        def wake(t: Value, parked: list[Value]) -> list[Value]:
-            at = b.add(kit.i64(Context.WORKERS), b.mul(t, kit.i64(LINE_WORDS)))
-            was = b.atomic_rmw("xchg", _atomic(kit, context, at), kit.i64(0), "acq_rel")
-            return [b.or_(parked[0], b.shl(was, t))]
+        def wake(thread: Value) -> None:
+            flag, semaphore = _worker(kit, context, thread)
+            was = b.atomic_rmw("xchg", flag, kit.i64(0), "acq_rel")
+            with b.if_then(b.icmp_signed("!=", was, kit.i64(0))):
+                b.call(kit.external("sem_post", I32, [PTR]), [semaphore])
 
-        threads = kit.field(context, Context.THREADS)
-        (parked,) = kit.loop(kit.i64(1), threads, 1, [kit.i64(0)], wake)
-        b.ret(parked)
-    with kit.function(RUN, ir.FunctionType(ir.VoidType(), [PTR])) as (context,):
-        _with_default_rounding(
-            kit, lambda: kit.b.call(kit.module.globals["walk"], [context, kit.i64(0)])
-        )
-    # work(context, thread, seen generation) -> generation seen when parked
-    with kit.function(WORK, ir.FunctionType(I64, [PTR, I64, I64])) as (context, thread, seen):
+        kit.each(kit.i64(1), kit.field(context, Context.THREADS), wake)
+
+
+def define_walk(kit: Kit) -> None:
+    """Define the entry points: prepare, run, stop and work."""
+    _define_wait(kit)
+    _define_barrier(kit)
+    _define_walk(kit)
+    _define_publish(kit)
+    plain = ir.FunctionType(ir.VoidType(), [PTR])
+    publish, walk = kit.module.globals["publish"], kit.module.globals["walk"]
+    with kit.function("prepare", plain) as (context,):
+
+        def semaphore(thread: Value) -> None:
+            init = kit.external("sem_init", I32, [PTR, I32, I32])
+            kit.b.call(init, [_worker(kit, context, thread)[1], kit.i32(0), kit.i32(0)])
+
+        kit.each(kit.i64(1), kit.field(context, Context.THREADS), semaphore)
+    with kit.function("run", plain) as (context,):
+        kit.b.call(publish, [context])
+        _with_default_rounding(kit, lambda: kit.b.call(walk, [context, kit.i64(0)]))
+    with kit.function("stop", plain) as (context,):
+        flag = _atomic(kit, context, Context.STOPPING)
+        kit.b.atomic_rmw("xchg", flag, kit.i64(1), "acq_rel")
+        kit.b.call(publish, [context])
+    _define_work(kit)
+
+
+def _define_work(kit: Kit) -> None:
+    """work(context, thread): walk with every generation until one says stop."""
+    with kit.function("work", ir.FunctionType(ir.VoidType(), [PTR, I64])) as (context, thread):
         b = kit.b
         generation = _atomic(kit, context, Context.GENERATION)
-        at = b.add(kit.i64(Context.WORKERS), b.mul(thread, kit.i64(LINE_WORDS)))
-        parked = _atomic(kit, context, at)
-        entry, head = b.block, b.append_basic_block("head")
-        step, park = b.append_basic_block("step"), b.append_basic_block("park")
-        recheck, resume = b.append_basic_block("recheck"), b.append_basic_block("resume")
-        leave = b.append_basic_block("leave")
+        stopping = _atomic(kit, context, Context.STOPPING)
+        parked, semaphore = _worker(kit, context, thread)
+        blocks = ("head", "moved", "step", "park", "recheck", "sleep", "leave")
+        head, moved, step, park, recheck, sleep, leave = map(b.append_basic_block, blocks)
+        entry = b.block
         b.branch(head)
         b.position_at_end(head)
         last = b.phi(I64)
-        last.add_incoming(seen, entry)
-        moved = b.call(kit.module.globals["wait"], [generation, last, kit.i64(PARK)])
-        b.cbranch(b.icmp_signed("!=", moved, kit.i64(0)), step, park)
+        last.add_incoming(kit.i64(0), entry)  # the context begins at generation 0
+        came = b.call(kit.module.globals["wait"], [generation, last, kit.i64(PARK)])
+        b.cbranch(b.icmp_signed("!=", came, kit.i64(0)), moved, park)
+        b.position_at_end(moved)
+        b.cbranch(b.icmp_signed("!=", _get(kit, stopping), kit.i64(0)), leave, step)
         b.position_at_end(step)
-        _with_default_rounding(
-            kit, lambda: kit.b.call(kit.module.globals["walk"], [context, thread])
-        )
+        walk = kit.module.globals["walk"]
+        _with_default_rounding(kit, lambda: b.call(walk, [context, thread]))
         last.add_incoming(b.add(last, kit.i64(1)), b.block)
         b.branch(head)
-        # Park: announce it, then look again; whoever takes the flag back decides who wakes whom.
+        # Park: announce it, then look again. If the worker takes the flag back, nobody will
+        # post; if the publisher did, a post has come or will.
         b.position_at_end(park)
         b.atomic_rmw("xchg", parked, kit.i64(1), "acq_rel")
-        b.cbranch(b.icmp_signed("!=", _get(kit, generation), last), recheck, leave)
+        b.cbranch(b.icmp_signed("!=", _get(kit, generation), last), recheck, sleep)
         b.position_at_end(recheck)
         was = b.atomic_rmw("xchg", parked, kit.i64(0), "acq_rel")
-        b.cbranch(b.icmp_signed("!=", was, kit.i64(0)), resume, leave)
-        b.position_at_end(resume)
-        last.add_incoming(last, resume)
-        b.branch(head)
+        last.add_incoming(last, recheck)
+        b.cbranch(b.icmp_signed("!=", was, kit.i64(0)), head, sleep)
+        b.position_at_end(sleep)
+        failed = b.call(kit.external("sem_wait", I32, [PTR]), [semaphore])  # again when interrupted
+        last.add_incoming(last, sleep)
+        b.cbranch(b.icmp_signed("!=", failed, kit.i32(0)), sleep, head)
         b.position_at_end(leave)
-        b.ret(last)
+        b.ret_void()
 
 
 def _with_default_rounding(kit: Kit, body: Callable[[], object]) -> None:
