@@ -57,7 +57,8 @@ class Knob(Generic[T]):
 DEBUG = Knob(
     "LPU_DEBUG",
     0,
-    "1 prints what is loaded and compiled with times; 2 adds each pass and its op counts; "
+    "1 prints what is loaded and compiled with times; 2 adds each pass and its op counts, and "
+    "the traceback of an error; "
     "3 adds the graph after each pass; 4 adds the generated LLVM IR.",
     choices=(0, 1, 2, 3, 4),
 )

@@ -222,10 +222,13 @@ def test_a_second_process_gives_the_same_bits(tiny: str, cache: Path) -> None:
         (["fly"], "fly"),
         (["run", "Hi", "-m", "/no/such/file.gguf"], "/no/such/file.gguf"),
         (["run", "Hi", "-m", "TINY", "--precision", "w9"], "precision is 'w9'"),
-        (["run", "Hi", "-m", "TINY", "--threads", "0"], "threads"),
+        (["run", "Hi", "-m", "TINY", "--threads", "-1"], "threads is -1"),
         (["run", "Hi", "-m", "TINY", "--kernels", "mmx"], "mmx"),
         (["run", "x" * 300, "-m", "TINY"], "context of 256"),
         (["run", "", "--raw", "-m", "TINY"], "no tokens"),
+        (["run", "Hi", "-m", ""], "name is empty"),
+        (["verify", "/nope"], "/nope"),
+        (["run", "Hi", "-m", "/no/\x1b[31mred\n"], "/no/\ufffd[31mred"),
         (["inspect", "TINY", "--stop", "fold_laundry"], "fold_laundry"),
         (["eval", "/no/such.txt"], "no such file"),
         (["eval", __file__, "--engine", "steam"], "steam"),
@@ -281,6 +284,42 @@ def test_a_reader_that_leaves_ends_the_command_quietly(tiny: str, cache: Path) -
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+def lpu_shell(line: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'lpu() {{ "$PYTHON" -m openlpu "$@"; }}; {line}'],
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        cwd=house.REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("lpu run -m $TINY Hi --max-tokens 2 >/dev/full", 2, "lpu: standard output: no space"),
+        ("lpu --help >/dev/full", 2, "lpu: standard output: no space"),
+        ("lpu run -m $TINY Hi --max-tokens 2 >&-", 2, "lpu: standard output is closed"),
+        ("lpu run -m $TINY - <&-", 2, "lpu: standard input is closed"),
+        ("lpu run -m $TINY Hi --max-tokens 2 2>&- >/dev/null", 0, ""),
+        ("lpu --help | true", 141, ""),
+        ("LPU_DEBUG=1 lpu run -m /nope Hi", 2, "lpu: /nope"),
+    ],
+)
+def test_odd_streams_are_one_line(
+    tiny: str, cache: Path, line: str, code: int, message: str
+) -> None:
+    done = lpu_shell(line, TINY=tiny, LPU_CACHE=str(cache))
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == bool(message)
+
+
+def test_debugging_shows_tracebacks_from_level_2(tiny: str) -> None:
+    assert "LpuError" not in lpu_shell("lpu run -m /nope Hi", LPU_DEBUG="1").stderr
+    assert "CheckpointError" in lpu_shell("lpu run -m /nope Hi", LPU_DEBUG="2").stderr
 
 
 def test_an_interrupt_ends_the_command_with_130(

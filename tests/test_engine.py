@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
+import house
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from openlpu.engine.batcher import Engine
+from openlpu.engine.bench import peak_memory_bytes
 from openlpu.engine.compiled import Compiled, Precision
 from openlpu.engine.evaluate import perplexity, row_losses
 from openlpu.engine.families import FAMILIES, random_model
 from openlpu.engine.pages import PageTable
-from openlpu.engine.profile import bytes_per_row, weight_bytes
+from openlpu.engine.profile import bytes_per_row, stages, weight_bytes
 from openlpu.engine.runner import ReferenceRunner
 from openlpu.engine.sampling import Sampling
 from openlpu.engine.sequence import Answer, Sequence
@@ -22,7 +29,9 @@ from openlpu.engine.text import AnswerText
 from openlpu.engine.verify import Differences, engine_for, random_tokens, rows_of
 from openlpu.errors import DoesNotFit, NumericOverflow, RequestError
 from openlpu.graph.step import PAGE, Batch
+from openlpu.knobs import override
 from openlpu.passes.recipe import Materializer
+from openlpu.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +312,32 @@ def test_fusion_lowers_the_bytes_between_ops(compiled: Compiled) -> None:
     names = list(traffic)
     assert traffic[names[-1]] < traffic["quantize_w8"]
     assert weight_bytes(compiled.graph) < weight_bytes(compiled.float_graph) / 3
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4"])
+def test_weight_bytes_are_those_of_the_pack(precision: Precision, tmp_path: Path) -> None:
+    model = random_model("llama", precision=precision)
+    with closing(model.host(store=Store(tmp_path), threads=1, kernels="plain")) as host:
+        # The pack fills rows up to whole panels, which shows in so small a model.
+        assert host.packed_bytes / 1.2 < weight_bytes(model.graph) <= host.packed_bytes
+
+
+def test_times_of_random_layers_leave_no_trace(compiled: Compiled, tmp_path: Path) -> None:
+    with override(CACHE=str(tmp_path)):
+        first = [name for name, _ in compiled.stages].index("quantize_w8") + 1
+        upto = replace(compiled, stages=compiled.stages[:first])
+        assert stages(upto, timed=True)[-1].layer_1_row_us
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peak_memory_of_a_child_is_its_own() -> None:
+    held = np.ones(300 << 20, np.uint8)
+    code = "from openlpu.engine.bench import peak_memory_bytes as p; print(p())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=house.REPOSITORY, capture_output=True, check=True
+    )
+    assert int(done.stdout) < held.nbytes
+    assert peak_memory_bytes() > held.nbytes
 
 
 @pytest.mark.parametrize("precision", ["w8", "w4"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from pathlib import Path
@@ -162,12 +163,22 @@ def test_a_few_rows_do_not_read_the_whole_tensor(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-def test_released_memory_is_read_again(path: Path) -> None:
+def test_a_file_cut_short_after_it_was_opened_is_an_error(path: Path) -> None:
     weights = open_checkpoint(str(path)).weights
-    before = weights.rows("layers.0.up")
-    weights.release()
-    assert np.array_equal(weights.rows("layers.0.up"), before)
-    ArrayWeights({"embed": before}).release()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    read = 0
+    with pytest.raises(CheckpointError, match="cut short while it was read"):
+        for name in weights.names():
+            weights.rows(name)
+            read += 1
+    assert read
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match="not a GGUF file"):
+        open_checkpoint(str(tmp_path / "m.gguf"))
 
 
 def patched(path: Path, old: bytes, new: bytes) -> Path:

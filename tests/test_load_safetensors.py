@@ -131,7 +131,7 @@ def test_what_ends_generation_and_the_chat_template(copy: Path) -> None:
 
 def test_an_infinity_or_nan_is_refused_with_its_tensor(copy: Path) -> None:
     for value in (np.inf, -np.inf, np.nan):
-        stored = {n: t.data for n, t in read_safetensors(copy).tensors.items()}
+        stored = {n: t.data[:] for n, t in read_safetensors(copy).tensors.items()}
         arrays = {
             n: d.copy().view(np.float32).reshape(read_safetensors(copy).tensors[n].shape)
             for n, d in stored.items()
@@ -252,7 +252,7 @@ def test_a_header_longer_than_the_file(tmp_path: Path) -> None:
 
 def test_a_type_that_is_not_supported_is_named_where_it_matters(copy: Path) -> None:
     arrays = {
-        n: t.data.copy().view(np.float32).reshape(t.shape)
+        n: t.data[:].copy().view(np.float32).reshape(t.shape)
         for n, t in read_safetensors(copy).tensors.items()
     }
     buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float64)}

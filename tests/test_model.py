@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,13 @@ from tiny_chat import write_tiny_chat
 
 import openlpu
 from openlpu import knobs
-from openlpu.errors import NumericOverflow, RequestError, TemplateError
+from openlpu.errors import (
+    CheckpointError,
+    NumericOverflow,
+    RequestError,
+    TemplateError,
+    UnsupportedTarget,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +75,7 @@ def test_a_seed_repeats_an_answer_and_none_reports_its_own(model: openlpu.Model)
     settings = {"temperature": 1.0, "max_tokens": 16, "ignore_eos": True}
     first = model.generate("Hi", **settings)
     assert first.stats.seed is not None
+    assert first.stats.seed < 2**53  # whole in any reader of JSON
     assert model.generate("Hi", seed=first.stats.seed, **settings).tokens == first.tokens
     assert model.generate("Hi", seed=first.stats.seed ^ 1, **settings).tokens != first.tokens
 
@@ -97,9 +106,99 @@ def test_a_stream_left_early_gives_everything_back(model: openlpu.Model) -> None
     stream.close()
     assert model.engine._pages.free == free
     assert list(stream) == []
+    assert stream.result().finish_reason == "cancelled"
     unread = model.stream("Hi")
     del unread
+    assert not model.engine.busy
+    model.engine.step()  # what the collector left is freed here
     assert model.engine._sequences == {}
+
+
+def test_python_threads_share_a_model(model: openlpu.Model) -> None:
+    settings = {"temperature": 1.0, "max_tokens": 60, "ignore_eos": True}
+
+    def said(i: int) -> list[openlpu.Result]:
+        return [model.generate(f"Hi {i} {j}", seed=i, **settings) for j in range(3)]
+
+    alone = [[result.tokens for result in said(i)] for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(said, range(3)))
+    assert [[result.tokens for result in results] for results in together] == alone
+    assert model.engine._sequences == {}
+
+
+def test_a_stopped_answer_has_no_tokens_of_its_neighbours_steps(model: openlpu.Model) -> None:
+    settings = {"temperature": 1.0, "seed": 4, "max_tokens": 60, "ignore_eos": True}
+    stop = model.generate("Hi", **settings).text[5:8]
+    alone = model.generate("Hi", stop=stop, **settings)
+    stopping, other = model.stream("Hi", stop=stop, **settings), model.stream("Ho", **settings)
+    other.result()  # its steps serve both
+    assert stopping.result().tokens == alone.tokens
+
+
+def test_a_stream_whose_sequence_was_taken_ends(model: openlpu.Model) -> None:
+    chat = openlpu.Chat(model)
+    first = chat.send("One")
+    next(first)
+    chat.send("Two")
+    assert first.result().finish_reason == "cancelled"
+    chat.close()
+
+
+def test_tokens_of_any_integer_kind_are_tokens(model: openlpu.Model) -> None:
+    tokens = model.prompt_tokens("Hi")
+    expected = model.logits(tokens, all_rows=True)
+    for kind in (np.int32, np.int64, np.uint16):
+        assert np.array_equal(model.logits(np.array(tokens, kind), all_rows=True), expected)
+        assert np.array_equal(model.logits(np.array(tokens, kind)), expected[-1])
+    sampling = openlpu.Sampling(max_tokens=4)
+    answers = [model.answer(t, sampling).result().tokens for t in (tokens, np.array(tokens))]
+    assert answers[0] == answers[1]
+    assert model.detokenize(np.array([*b"ab"])) == "ab"
+
+
+@pytest.mark.parametrize("bad", [[1.5], np.array([1.0]), None, 5, "ab", [[1]], [10**12], [-1]])
+def test_tokens_that_are_none_are_refused(model: openlpu.Model, bad: Any) -> None:
+    for take in (model.logits, model.detokenize):
+        with pytest.raises(RequestError, match="token"):
+            take(bad)
+
+
+def test_requests_of_the_wrong_type_are_refused(model: openlpu.Model, folder: Path) -> None:
+    for prompt in (None, 5, b"Hi", [5]):
+        with pytest.raises(RequestError, match="prompt"):
+            model.generate(prompt)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="stop is 5"):
+        model.generate("Hi", stop=5)
+    for threads in ("2", 1.5, True, -1, 10**6):
+        with pytest.raises(RequestError, match="threads is"):
+            openlpu.load(str(folder), threads=threads)  # type: ignore[arg-type]
+    with knobs.override(THREADS=-1), pytest.raises(RequestError, match="LPU_THREADS is -1"):
+        openlpu.load(str(folder))
+    for name in ("", " ", None):
+        with pytest.raises(RequestError, match="name is empty"):
+            openlpu.load(name)  # type: ignore[arg-type]
+    assert model.engine._sequences == {}
+
+
+def test_a_hostile_template_s_megabytes_are_not_tokenized(
+    model: openlpu.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "chat", lambda _: "x" * 20_000)
+    monkeypatch.setattr(model.tokenizer, "encode", None)
+    with pytest.raises(RequestError, match="20,000 characters cannot fit the context of 256"):
+        model.generate("Hi")
+
+
+def test_a_bad_tokenizer_is_told_before_packing(tmp_path: Path) -> None:
+    folder = write_tiny_chat(tmp_path / "bad")
+    (folder / "tokenizer.json").write_text("{}")
+    with knobs.override(CACHE=str(tmp_path / "cache")):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+            openlpu.load(str(folder))
+        with pytest.raises(UnsupportedTarget, match="mmx"):
+            openlpu.load("/no/such/model", kernels="mmx")
+    assert not (tmp_path / "cache" / "pack").exists()
 
 
 def test_text_is_a_user_s_message_unless_raw(model: openlpu.Model) -> None:

@@ -277,6 +277,9 @@ HOSTILE = {
     "many terms": "{{ 1" + "+1" * 20000 + " }}",
     "digits": "{{ " + "1" * 5000 + " }}",
     "raises": "{{ raise_exception('roles\nmust alternate') }}",
+    "raises escapes": "{{ raise_exception('\x1b[2J\x9b1m\u202e') }}",
+    "fails with escapes": "{{ '\x1b[2J'|int + '\x1b[2J' }}{{ {}['\x1b[2J'].x }}",
+    "escapes in a tag": "{% \x1b[2J %}",
     "zero": "{{ 1 // 0 }}",
     "too long": "x" * (MAX_SOURCE_CHARS + 1),
 }  # fmt: skip
@@ -290,7 +293,7 @@ def test_hostile_template_ends_in_template_error(name: str) -> None:
     with pytest.raises(TemplateError) as caught:
         ChatTemplate(HOSTILE[name], bos="", eos="").render(USER)
     assert time.thread_time() - start < 3
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
     assert grown_kib < 250 << 10
 

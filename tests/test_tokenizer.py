@@ -402,6 +402,18 @@ BASE: dict[str, Any] = {
         ({"add_bos_token": "yes"}, CheckpointError, "add_bos_token"),
         ({"model": "llama"}, CheckpointError, "scores"),
         ({"model": "llama", "scores": [0.0]}, CheckpointError, "scores"),
+        ({"tokens": ["a", "b", "ab", "x" * 3_000_000]}, CheckpointError, "3,000,000 characters"),
+        ({"merges": ["a \x1b[2J"]}, CheckpointError, "merges"),
+        (
+            {
+                "model": "llama",
+                "tokens": [f"{n:1000}" for n in range(300)],
+                "scores": [0.0] * 300,
+                "token_type": [1] * 300,
+            },
+            CheckpointError,
+            "too many long tokens",
+        ),
         ({"model": "llama", "precompiled_charsmap": [1]}, UnsupportedModel, "charsmap"),
     ],
 )
@@ -409,7 +421,31 @@ def test_bad_metadata(change: dict[str, Any], error: type[LpuError], words: str)
     assert Tokenizer.from_source(_source(BASE)).encode("ab") == [2]
     with pytest.raises(error, match=words) as caught:
         Tokenizer.from_source(_source(BASE | change))
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_an_expression_that_explodes_is_one_line(tmp_path: Path) -> None:
+    """The library panics then; other texts still pass."""
+    state = json.loads(Tokenizer.from_source(_source(BASE))._backend.to_str())
+    split = {"type": "Split", "pattern": {"Regex": "(a|a|aa)+$"}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, *state["pre_tokenizer"]["pretokenizers"]]
+    state["pre_tokenizer"]["pretokenizers"] = steps
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    source = TokenizerSource("hf", tmp_path, {}, bos_id=None, eos_ids=(), add_bos=True)
+    tokenizer = Tokenizer.from_source(source)
+    with pytest.raises(CheckpointError, match="fails on this text") as caught:
+        tokenizer.encode("a" * 26 + "!")
+    assert str(caught.value).isprintable()
+    assert tokenizer.encode("ab") == [2]
+
+
+def test_an_endless_added_token_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer.from_source(_source(BASE))._backend
+    backend.add_tokens(["x" * 5000])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    source = TokenizerSource("hf", tmp_path, {}, bos_id=None, eos_ids=(), add_bos=True)
+    with pytest.raises(CheckpointError, match="added token of more than"):
+        Tokenizer.from_source(source)
 
 
 def test_bad_folders(tmp_path: Path) -> None:

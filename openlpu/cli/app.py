@@ -17,7 +17,7 @@ from openlpu.cli.chat import chat
 from openlpu.cli.measure import bench, eval_text, verify
 from openlpu.cli.models import inspect, models, pull
 from openlpu.cli.run import run
-from openlpu.cli.terminal import note, write
+from openlpu.cli.terminal import drop_output, note, write
 from openlpu.errors import LpuError
 from openlpu.knobs import DEBUG
 
@@ -64,15 +64,22 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     debugging = False
     try:
-        debugging = DEBUG.value > 0
+        debugging = DEBUG.value > 1
         code = app(standalone_mode=False)
     except LpuError as error:
         if debugging:
             raise
         code = _fail(str(error))
+    except SystemExit as ended:
+        # 1 is how the library that prints the help says that its reader went away.
+        code = 141 if ended.code == 1 else ended.code
     except (KeyboardInterrupt, typer.Abort):
         note("")
         code = 130
+    except OSError as error:
+        if debugging:
+            raise
+        code = _system(error)
     except Exception as error:
         code = _usage(error)
     sys.exit(code if isinstance(code, int) else 0)
@@ -81,6 +88,16 @@ def main() -> None:
 def _fail(message: str) -> int:
     note("lpu: " + " ".join(message.split()))
     return 2
+
+
+def _system(error: OSError) -> int:
+    """What the system refused, such as to print the help on a full disk."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        drop_output()
+    where = error.filename or "standard output"
+    return _fail(f"{where}: {(error.strerror or str(error)).lower()}")
 
 
 def _usage(error: Exception) -> int:

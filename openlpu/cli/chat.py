@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from openlpu.cli import options
 from openlpu.cli.run import stats_line
 from openlpu.cli.terminal import Progress, note, write
-from openlpu.errors import LpuError
+from openlpu.errors import LpuError, RequestError
 
 if TYPE_CHECKING:
     from openlpu.engine import Chat, Stream
@@ -38,6 +38,8 @@ def chat(
     kernels: options.Kernels = None,
 ) -> None:
     """Talk with a model; it keeps its memory between turns."""
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; chat reads its turns there")
     import openlpu
 
     sampling = openlpu.Sampling(

@@ -98,12 +98,12 @@ def verify(
     """Prove on this machine that the bits are the same; exit code 1 if any differs."""
     from openlpu.engine import verify as claims
 
-    found = []
+    found: list[claims.Claim] = []
     widths = (40, 52, 14, 9)
     with Progress() as progress:
-        if not json:
-            write(_row(widths, "claim", "cases", "bits differing", "seconds"))
         for claim in claims.verify(model, precision=precision, full=full, progress=progress):
+            if not found and not json:
+                write(_row(widths, "claim", "cases", "bits differing", "seconds"))
             found.append(claim)
             if not json:
                 differing = "-" if claim.differing_bits is None else f"{claim.differing_bits:,}"

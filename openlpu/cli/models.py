@@ -119,7 +119,7 @@ def _sizes(compiled: Compiled) -> str:
 
 
 def _passes(found: list[Stage]) -> str:
-    columns = ["pass", "ops", "weights MB", "bytes a row", "layer, 1 row us", "512 rows us"]
+    columns = ["pass", "ops", "packed MB", "bytes a row", "layer, 1 row us", "512 rows us"]
     rows = [
         [
             stage.name,

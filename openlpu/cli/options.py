@@ -24,7 +24,7 @@ Precision = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(metavar="N", help="Threads; one per usable core. Changes no bit.")
+    int | None, typer.Option(metavar="N", help="Threads; 0: one per usable core. Changes no bit.")
 ]
 Kernels = Annotated[
     str | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openlpu.cli import options
-from openlpu.cli.terminal import Progress, note, write, write_json
+from openlpu.cli.terminal import Progress, note, watched, write, write_json
 from openlpu.errors import RequestError
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def run(
 
 
 def read_stdin() -> str:
-    """Standard input as text; RequestError if it is not UTF-8."""
+    """Standard input as text; RequestError if it is closed or not UTF-8."""
+    if sys.stdin is None:
+        raise RequestError("standard input is closed; give the prompt as a word")
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
@@ -109,7 +111,7 @@ def _print(stream: Stream, *, max_tokens: int) -> None:
         ended = piece.endswith("\n")
     if not ended or not stream.text:
         write("\n")
-    if stream.result().finish_reason == "length" and sys.stderr.isatty():
+    if stream.result().finish_reason == "length" and watched():
         note(
             f"lpu: the answer was cut after {len(stream.result().tokens)} tokens; see --max-tokens"
         )

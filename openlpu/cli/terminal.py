@@ -6,6 +6,7 @@ start that draws nothing does not pay for it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,8 @@ import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from openlpu.errors import LpuError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -22,14 +25,27 @@ _PATIENCE_S = 0.3  # stages that end sooner are not worth a line
 
 
 def write(text: str) -> None:
-    """Put text on standard output at once; leave quietly if nobody reads it any more."""
+    """Put text on standard output at once; leave quietly if nobody reads it any more.
+
+    Raises LpuError if it cannot be written: a full disk, or an output that is closed.
+    """
+    if sys.stdout is None:
+        raise LpuError("standard output is closed; redirect it to a file or to /dev/null")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more at its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(141)
+    except OSError as error:
+        drop_output()
+        raise LpuError(f"standard output: {(error.strerror or str(error)).lower()}") from None
+
+
+def drop_output() -> None:
+    """Send what standard output still holds nowhere: Python flushes once more at its end, which
+    must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_json(value: Any) -> None:
@@ -38,9 +54,17 @@ def write_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """Put a line on standard error."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """Put lines on standard error, if there is one. A name out of a file may hold letters that
+    steer a terminal: those are not let through."""
+    shown = (c if c.isprintable() or c == "\n" else " " if c.isspace() else "\ufffd" for c in text)
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.write("".join(shown) + "\n")
+        sys.stderr.flush()
+
+
+def watched() -> bool:
+    """Whether standard error is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -84,7 +108,7 @@ class Progress:
         began_s = self._began_s.setdefault(stage, now)
         if stage not in self._tasks and now - began_s < _PATIENCE_S:
             return
-        if not sys.stderr.isatty():
+        if not watched():
             if stage not in self._tasks:
                 note(f"lpu: {stage} ...")
                 self._tasks[stage] = 0  # type: ignore[assignment]

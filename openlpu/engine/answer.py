@@ -44,7 +44,8 @@ class Result:
     tokens: tuple[int, ...]
     """Ids of the answer, without the token that ended it; a stop string's tokens are included."""
     finish_reason: FinishReason
-    """"stop": the model or a stop string ended it; "length": max_tokens or the context did."""
+    """"stop": the model or a stop string ended it; "length": max_tokens or the context did;
+    "cancelled": it was left early."""
     stats: Stats
 
     def __str__(self) -> str:
@@ -67,7 +68,7 @@ class Stream:
         self._closes = closes
         self._parts: list[str] = []
         text = AnswerText(decoder, stop=answer.sampling.stop)
-        self._pieces = _pieces(engine, sequence, answer, text)
+        self._pieces = _pieces(engine, answer, text)
 
     def __iter__(self) -> Stream:
         return self
@@ -85,10 +86,12 @@ class Stream:
         """Run to the end, if it is not there yet, and return everything."""
         for _ in self:
             pass
+        if self._answer.error is not None:
+            raise self._answer.error
         return Result(
             text=self.text,
             tokens=tuple(self._answer.generated),
-            finish_reason=self._answer.finish_reason or "stop",
+            finish_reason=self._answer.finish_reason or "cancelled",
             stats=self.stats,
         )
 
@@ -114,37 +117,39 @@ class Stream:
     def close(self) -> None:
         """Stop here."""
         self._pieces.close()
+        self._answer.cancel()  # a generator that never began has nothing to close
         self._release()
 
     def __del__(self) -> None:
-        self._release()
+        # The collector may run in the middle of a step: only marks are left for the engine.
+        self._answer.cancel()
+        if self._closes:
+            self._engine.forget(self._sequence)
 
     def _release(self) -> None:
         if self._closes:
             self._engine.close(self._sequence)
 
 
-def _pieces(
-    engine: Engine, sequence: Sequence, answer: Answer, text: AnswerText
-) -> Generator[str, None, None]:
+def _pieces(engine: Engine, answer: Answer, text: AnswerText) -> Generator[str, None, None]:
     """Step the engine until the answer is done. Not a method: a Stream that is forgotten half-way
     must not be kept alive by its own generator."""
     told = 0
     try:
         while True:
+            done = answer.done  # before the tokens: another thread's step may bring the last one
             while told < len(answer.generated) and not text.stopped:
                 told += 1
                 if piece := text.push(answer.generated[told - 1]):
                     yield piece
-            if text.stopped or answer.done:
+            if text.stopped or done:
                 break
             engine.step()
         if text.stopped:
-            answer.finish_reason = "stop"
+            engine.stop(answer, told)
         if answer.error is not None:
             raise answer.error
         if piece := text.flush():
             yield piece
     finally:
-        if sequence.answer is answer:
-            sequence.answer = None  # an abandoned answer takes no further steps
+        answer.cancel()  # an abandoned answer takes no further steps

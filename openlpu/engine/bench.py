@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,5 +193,11 @@ def first_token(name_or_path: str, precision: str, threads: str, kernels: str) -
 
 def peak_memory_bytes() -> int:
     """Most memory this process ever had resident."""
+    try:
+        # ru_maxrss of a child begins at its parent's size, because it counts from before exec.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        pass  # not Linux
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

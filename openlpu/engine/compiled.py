@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from openlpu import __version__
 from openlpu.compiler import compile_graph
 from openlpu.engine.runner import ReferenceRunner
@@ -20,6 +23,9 @@ from openlpu.graph import Graph
 from openlpu.graph.text import dumps
 from openlpu.host import HostModel
 from openlpu.host import build as build_host
+from openlpu.host.engine import MAX_THREADS
+from openlpu.jit import select
+from openlpu.knobs import THREADS
 from openlpu.load.config import ModelConfig
 from openlpu.load.weights import Weights
 from openlpu.numerics import CONTRACT
@@ -39,6 +45,16 @@ def as_precision(text: str) -> Precision:
     if text not in PRECISIONS:
         raise RequestError(f"precision is {text!r}; give one of: {', '.join(PRECISIONS)}")
     return text
+
+
+def as_threads(threads: int | None) -> int | None:
+    """A count of threads, or None where the machine decides (None and 0); RequestError if bad."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise RequestError(f"threads is {threads!r}; give a whole number, 0 for one per core")
+    name, count = ("threads", threads) if threads else (THREADS.env, THREADS.value)
+    if not 0 <= count <= MAX_THREADS:
+        raise RequestError(f"{name} is {count}; give 1 to {MAX_THREADS}, or 0 for one per core")
+    return threads or None
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,15 @@ class Compiled:
         parts = (__version__, CONTRACT, self.weights.fingerprint(), dumps(self.graph))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def packed(self, store: Store) -> bool:
+        """Whether the cache holds the packed weights, so that a start is a matter of moments."""
+        return store.get("pack", self.key) is not None
+
+    def packed_bytes(self, store: Store) -> NDArray[np.uint8]:
+        """The file of packed weights, mapped: uint8 [bytes]; empty without one."""
+        path = store.get("pack", self.key)
+        return np.empty(0, np.uint8) if path is None else store.map(path)
+
     def host(
         self,
         *,
@@ -75,11 +100,15 @@ class Compiled:
         pages: int = FIRST_PAGES,
         progress: Progress | None = None,
     ) -> HostModel:
-        """The host engine for it, from the cache where possible.
+        """The host engine for it, from the cache where possible. threads: None or 0 means one per
+        usable core.
 
-        Raises UnsupportedTarget if the processor lacks `kernels`, StoreError if the cache fails.
+        Raises RequestError for a bad count of threads, UnsupportedTarget if the processor lacks
+        `kernels`, StoreError if the cache fails.
         """
-        model = build_host(
+        threads = as_threads(threads)
+        select(kernels)  # refused before packing, which takes long
+        return build_host(
             self.graph,
             Materializer(self.weights),
             store=store or Store(),
@@ -89,8 +118,6 @@ class Compiled:
             pages=pages,
             progress=progress,
         )
-        self.weights.release()  # packing walked the whole checkpoint; nothing reads it again
-        return model
 
     def reference(self, *, graph: Graph | None = None) -> ReferenceRunner:
         """The slow exact reference, of the last graph or of any other of `stages`."""

@@ -18,22 +18,32 @@ from numpy.typing import NDArray
 
 from openlpu.engine.answer import Result, Stream
 from openlpu.engine.batcher import Engine
-from openlpu.engine.compiled import Compiled, Progress, as_precision, compile_weights
+from openlpu.engine.compiled import (
+    Compiled,
+    Progress,
+    as_precision,
+    as_threads,
+    compile_weights,
+)
 from openlpu.engine.evaluate import DEFAULT_WINDOW, Perplexity, perplexity
 from openlpu.engine.runner import Runner
 from openlpu.engine.sampling import Sampling, sampling_from
-from openlpu.engine.sequence import Sequence
+from openlpu.engine.sequence import Sequence, token_ids
 from openlpu.errors import NumericOverflow, RequestError
+from openlpu.jit import select
 from openlpu.load.checkpoint import Checkpoint, open_checkpoint
 from openlpu.load.template import ChatTemplate
 from openlpu.load.tokenizer import Tokenizer
+from openlpu.store import Store
 
 F32 = NDArray[np.float32]
 Messages = Items[Mapping[str, Any]]
+_SEED_BITS = 53  # any reader of JSON keeps so many
+_LETTERS_PER_TOKEN = 64  # of nearly every vocabulary, a token has fewer
 
 
 class Model:
-    """A loaded model with one engine. Not thread-safe: one caller at a time.
+    """A loaded model with one engine. Python threads may share it, each with streams of its own.
 
     Use it as a context manager, or call `close`, to give its memory back.
     """
@@ -49,14 +59,11 @@ class Model:
     ) -> None:
         """context: most tokens of prompt and answer together; None means the model's own.
         tokenizer: made from the checkpoint if not given."""
-        trained = compiled.graph.context
-        if context is not None and not 1 < context <= trained:
-            raise RequestError(f"context is {context}; give 2 to {trained:,}, the model's own")
         self.name = checkpoint.name
         self.checkpoint = checkpoint
         self.compiled = compiled
         self.runner = runner
-        self.context = context or trained
+        self.context = as_context(context, compiled)
         self.tokenizer = tokenizer or Tokenizer.from_source(checkpoint.tokenizer)
         self.engine = Engine(runner, context=self.context, vocab_size=compiled.config.vocab_size)
         self._template: ChatTemplate | None = None
@@ -84,7 +91,7 @@ class Model:
         self, tokens: Items[int], sampling: Sampling, *, keep: Sequence | None = None
     ) -> Stream:
         """A stream of the answer to prompt tokens. keep: an open sequence to go on with."""
-        sampling = sampling.seeded(secrets.randbits(64))
+        sampling = sampling.seeded(secrets.randbits(_SEED_BITS))
         sequence = keep or self.engine.open()
         try:
             state = self.engine.ask(
@@ -120,22 +127,42 @@ class Model:
         """Token ids of a prompt as `generate` sees it."""
         if isinstance(prompt, str):
             if raw or self.checkpoint.chat_template is None:
-                return self.tokenize(prompt)
-            prompt = [{"role": "user", "content": prompt}]
+                return self.tokenize(self._bounded(prompt))
+            messages: Messages = [{"role": "user", "content": prompt}]
         elif raw:
             raise RequestError("raw needs a text prompt; messages go through the chat template")
-        return self.tokenizer.encode(self.chat(prompt), special=True)
+        else:
+            messages = _as_messages(prompt)
+        return self.tokenizer.encode(self._bounded(self.chat(messages)), special=True)
+
+    def _bounded(self, text: str) -> str:
+        """The text, unless so long that no tokens within the context can spell it: a hostile
+        template makes megabytes, which would take the tokenizer long to refuse."""
+        if len(text) > self.context * _LETTERS_PER_TOKEN:
+            ids = range(self.tokenizer.vocab_size)
+            longest = max((len(self.tokenizer.token_bytes(i)) for i in ids), default=1)
+            if len(text) > self.context * max(longest, _LETTERS_PER_TOKEN):
+                raise RequestError(
+                    f"a prompt of {len(text):,} characters cannot fit the context of "
+                    f"{self.context:,} tokens; shorten the prompt"
+                )
+        return text
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of plain text, begun with the model's first token where it wants one.
 
         Names of control tokens in the text are text.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"the text is of type {type(text).__name__}; give a str")
         return self.tokenizer.encode_prompt(text, special=False)
 
     def detokenize(self, tokens: Items[int]) -> str:
-        """The text of token ids."""
-        return self.tokenizer.decode(list(tokens))
+        """The text of token ids. Raises RequestError for ids outside the vocabulary."""
+        return self.tokenizer.decode(self._ids(tokens))
+
+    def _ids(self, tokens: Items[int]) -> list[int]:
+        return token_ids(tokens, vocab_size=self.compiled.config.vocab_size)
 
     def logits(self, tokens: Items[int], *, all_rows: bool = False) -> F32:
         """Logits after `tokens`: float32 [V] of the last one, or [T, V] of all.
@@ -157,7 +184,7 @@ class Model:
 
     def perplexity(self, text: str | Items[int], *, window: int = DEFAULT_WINDOW) -> Perplexity:
         """How well the model predicts text or tokens; see openlpu.engine.evaluate."""
-        tokens = self.tokenize(text) if isinstance(text, str) else list(text)
+        tokens = self.tokenize(text) if isinstance(text, str) else self._ids(text)
         return perplexity(self.engine, tokens, window=window)
 
     # -- life ---------------------------------------------------------------------------------
@@ -183,6 +210,24 @@ class Model:
         self.close()
 
 
+def _as_messages(prompt: object) -> Messages:
+    if isinstance(prompt, Items) and all(isinstance(message, Mapping) for message in prompt):
+        return prompt
+    raise RequestError(
+        f"the prompt is of type {type(prompt).__name__}; give text or a list of messages"
+    )
+
+
+def as_context(context: int | None, compiled: Compiled) -> int:
+    """Most tokens of a sequence: as asked, or the model's own for None; RequestError if bad."""
+    trained = compiled.graph.context
+    if context is None:
+        return trained
+    if not isinstance(context, int) or not 1 < context <= trained:
+        raise RequestError(f"context is {context!r}; give 2 to {trained:,}, the model's own")
+    return context
+
+
 def open_model(
     name_or_path: str,
     *,
@@ -195,6 +240,8 @@ def open_model(
     No tensor is read.
     """
     wanted = as_precision(precision)
+    if not str(name_or_path or "").strip():
+        raise RequestError("the model's name is empty; give a name such as smollm2, or a path")
     checkpoint = open_checkpoint(name_or_path, progress=progress)
     compiled = compile_weights(checkpoint.config, checkpoint.weights, precision=wanted, stop=stop)
     return checkpoint, compiled
@@ -212,15 +259,21 @@ def load(
     """Load a model on the host engine: fetch, compile and pack it, or find it in the cache.
 
     name_or_path: `smollm2`, a .gguf file, a Hugging Face folder, or org/name of the hub.
-    precision: w8 (8 bits, rotated) or w4 (the checkpoint's own blocks of 32). threads: None means
-    one per usable core. kernels: avx512, avx2 or plain; None means the best there is; none of these
-    changes a bit. context: most tokens of prompt and answer. progress: called with (stage, done,
-    in all). Raises CheckpointError, DownloadError, StoreError, UnsupportedTarget, RequestError.
+    precision: w8 (8 bits, rotated) or w4 (the checkpoint's own blocks of 32). threads: None or 0
+    means one per usable core. kernels: avx512, avx2 or plain; None means the best there is; none
+    of these changes a bit. context: most tokens of prompt and answer. progress: called with (stage,
+    done, in all). Raises CheckpointError, DownloadError, StoreError, UnsupportedTarget,
+    RequestError.
     """
+    threads = as_threads(threads)
+    select(kernels)
     checkpoint, compiled = open_model(name_or_path, precision=precision, progress=progress)
+    context = as_context(context, compiled)
     with ThreadPoolExecutor(1) as pool:
         # Building the vocabulary takes as long as reading the weights: do both at once.
         tokenizer = pool.submit(Tokenizer.from_source, checkpoint.tokenizer)
+        if not compiled.packed(Store()):
+            tokenizer.result()  # a tokenizer that is not sound is told before minutes of packing
         runner = compiled.host(threads=threads, kernels=kernels, progress=progress)
         try:
             return Model(checkpoint, compiled, runner, tokenizer.result(), context=context)

@@ -6,11 +6,13 @@ values, and one layer is packed in a moment where all stages of the whole model 
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from openlpu.engine.compiled import Compiled, compile_weights
 from openlpu.engine.families import random_weights
@@ -18,9 +20,12 @@ from openlpu.engine.verify import engine_for, random_tokens
 from openlpu.graph import Graph, Param, Value, types
 from openlpu.load.config import ModelConfig
 from openlpu.numerics import GROUP
+from openlpu.store import Store
 
 _ROWS_AND_REPEATS = ((1, 50), (512, 5))
-_BITS = {"f32": 32.0, "w8": 8.0, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5.0}
+# Bits of a weight as the host engine packs it: blocks are unpacked to 8 bits, and their scales (and
+# minima) of 32 weights to float32, so w4 saves no memory yet.
+_BITS = {"f32": 32, "w8": 8, "q8_0": 9, "q4_0": 9, "q4_1": 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,16 @@ def stages(
     compiled: Compiled, *, timed: bool, progress: Callable[[str, int, int], None] | None = None
 ) -> list[Stage]:
     """Every stage of the compilation, in order."""
-    found = []
+    with tempfile.TemporaryDirectory() as folder:  # random layers have no place in the cache
+        return list(_stages(compiled, Store(Path(folder)), timed, progress))
+
+
+def _stages(
+    compiled: Compiled,
+    store: Store,
+    timed: bool,
+    progress: Callable[[str, int, int], None] | None,
+) -> Iterator[Stage]:
     thin = _one_layer(compiled) if timed else None
     for index, (name, graph) in enumerate(compiled.stages):
         stage = Stage(
@@ -52,16 +66,15 @@ def stages(
             bytes_per_row(graph),
         )
         if thin and any(p.format != "f32" and len(p.shape) == 2 for p in graph.params()):
-            one, many = _times_us(replace(thin, stages=thin.stages[: index + 1]))
+            one, many = _times_us(replace(thin, stages=thin.stages[: index + 1]), store)
             stage = replace(stage, layer_1_row_us=one, layer_512_rows_us=many)
-        found.append(stage)
+        yield stage
         if progress:
             progress("measure", index + 1, len(compiled.stages))
-    return found
 
 
 def weight_bytes(graph: Graph) -> int:
-    """Bytes of all weights in their formats, scales included; a tied table counts for each use."""
+    """Bytes of all weights as packed, scales included; a tied table counts for each use."""
     return _param_bytes(graph.params())
 
 
@@ -71,15 +84,14 @@ def bytes_per_step(graph: Graph) -> int:
 
 
 def _param_bytes(params: Iterable[Param]) -> int:
-    total = 0.0
+    total = 0
     for param in params:
         count = 1
         for size in param.shape:
             count *= size
-        total += count * _BITS[param.format] / 8 + (
-            4 * param.shape[0] if param.format == "w8" else 0
-        )
-    return int(total)
+        total += count * _BITS[param.format] // 8
+        total += 4 * param.shape[0] if param.format == "w8" else 0
+    return total
 
 
 def bytes_per_row(graph: Graph) -> int:
@@ -109,10 +121,10 @@ def _one_layer(compiled: Compiled) -> Compiled:
     return compile_weights(config, random_weights(config), precision=compiled.precision)
 
 
-def _times_us(thin: Compiled) -> tuple[float, float]:
+def _times_us(thin: Compiled, store: Store) -> tuple[float, float]:
     """Least microseconds of a step of 1 and of 512 rows at the beginning of a sequence."""
     results = []
-    with closing(thin.host()) as host:
+    with closing(thin.host(store=store)) as host:
         engine = engine_for(host, thin)
         for rows, repeats in _ROWS_AND_REPEATS:
             tokens = random_tokens(min(rows, engine.context), thin.config.vocab_size)

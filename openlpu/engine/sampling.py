@@ -7,7 +7,7 @@ answer. The arithmetic that the fields steer is in openlpu.engine.sampler.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class Sampling:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         elif not isinstance(self.stop, tuple):
-            object.__setattr__(self, "stop", tuple(self.stop))
+            object.__setattr__(self, "stop", _texts(self.stop))
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_integer("top_k", self.top_k, 0, 2**31 - 1)
         _check_number("top_p", self.top_p, 0.0, 1.0)
@@ -97,6 +97,12 @@ def sampling_from(options: Mapping[str, Any]) -> Sampling:
     if unknown:
         raise RequestError(f"unknown option {unknown[0]!r}; known: {', '.join(FIELDS)}")
     return Sampling(**options)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, Iterable):
+        raise RequestError(f"stop is {value!r}; give a string, or several")
+    return tuple(value)
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:

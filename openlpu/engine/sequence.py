@@ -6,15 +6,31 @@ the tokens that have no K/V yet are computed.
 
 from __future__ import annotations
 
+import operator
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Literal
 
 from openlpu.engine.sampling import Sampling
-from openlpu.errors import LpuError
+from openlpu.errors import LpuError, RequestError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+def token_ids(tokens: Iterable[int], *, vocab_size: int) -> list[int]:
+    """Tokens of any integer kind (an array's, too) as a list of int.
+
+    Raises RequestError for what is no integer or lies outside the vocabulary.
+    """
+    try:
+        ids = [operator.index(token) for token in tokens]
+    except TypeError:
+        raise RequestError("tokens must be a list of whole numbers, the ids of tokens") from None
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise RequestError(f"a token id lies outside 0 to {vocab_size - 1}, the model's vocabulary")
+    return ids
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +82,12 @@ class Answer:
     def done(self) -> bool:
         """Whether no further token comes."""
         return self.finish_reason is not None or self.error is not None
+
+    def cancel(self) -> None:
+        """Let no further token come. It touches nothing else, so any thread may call it, and so may
+        the garbage collector in the middle of a step."""
+        if not self.done:
+            self.finish_reason = "cancelled"
 
     def append(self, token: int) -> None:
         """Take the next token; a token that ends the answer is not part of it."""

@@ -38,6 +38,7 @@ THREADS = (1, 2, 3)
 PIECES = (1, 7, 64)
 BATCHES = (2, 7, 32)
 _ROWS_KEPT = 32  # rows of logits compared of a long prompt, the last one among them
+_XOR_BYTES = 1 << 24  # of a comparison, held unpacked at once
 _RANDOM_TOKENS = 340  # beyond one chunk of positions
 
 
@@ -66,7 +67,9 @@ class Differences:
         if a.size != b.size or got.shape != expected.shape:
             self.differing += expected.nbytes * 8
         elif not np.array_equal(a, b):
-            self.differing += int(np.unpackbits(a ^ b).sum(dtype=np.int64))
+            for at in range(0, a.size, _XOR_BYTES):
+                bits = np.unpackbits(a[at : at + _XOR_BYTES] ^ b[at : at + _XOR_BYTES])
+                self.differing += int(bits.sum(dtype=np.int64))
 
 
 def random_tokens(count: int, vocab_size: int, *, seed: int = 0) -> list[int]:
@@ -279,14 +282,16 @@ def digest(name_or_path: str, precision: str, length: str) -> None:
 
 
 def _packing(compiled: Compiled, identity: str, *, times: Items[int]) -> Claim:
-    """Pack again into an empty cache, once for each thread count."""
+    """Pack again into an empty cache, once for each thread count: the same identity, the same file
+    as the one that the other claims ran on."""
     started_s, found = time.perf_counter(), Differences()
     expected = np.frombuffer(identity.encode(), np.uint8)
+    packed = compiled.packed_bytes(Store())
     for threads in times:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            closing(compiled.host(threads=threads, store=Store(Path(folder)))) as host,
-        ):
-            found.add(np.frombuffer(host.identity.encode(), np.uint8), expected)
-    cases = f"sha256 of the tensors; threads {', '.join(map(str, times))}"
+        with tempfile.TemporaryDirectory() as folder:
+            store = Store(Path(folder))
+            with closing(compiled.host(threads=threads, store=store)) as host:
+                found.add(np.frombuffer(host.identity.encode(), np.uint8), expected)
+            found.add(compiled.packed_bytes(store), packed)
+    cases = f"sha256 of the tensors, the file; threads {', '.join(map(str, times))}"
     return _claim("packed again from the checkpoint", cases, found, started_s)

@@ -63,7 +63,8 @@ def open_checkpoint(path_or_name: str, *, progress: Progress | None = None) -> C
     if is_file:
         return _open_gguf(path, path.stem)
     if path_or_name in ALIASES:
-        return _open_gguf(pull(path_or_name, progress), path_or_name)
+        file = pull(path_or_name, progress)
+        return _open_gguf(file, path_or_name, fingerprint=ALIASES[path_or_name].sha256)
     if HUB_NAME.fullmatch(path_or_name) and path.suffix != ".gguf":
         return _open_folder(pull(path_or_name, progress), path_or_name)
     raise CheckpointError(
@@ -159,7 +160,8 @@ def _template(value: object, where: str) -> str | None:
     return value
 
 
-def _open_gguf(path: Path, name: str) -> Checkpoint:
+def _open_gguf(path: Path, name: str, *, fingerprint: str | None = None) -> Checkpoint:
+    """`fingerprint`: the sha256 of a file that was verified; copies of it are one model."""
     file = read_gguf(path)
     config = _gguf_config(file)
     tensors: dict[str, Tensor] = {}
@@ -177,7 +179,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         _restore_rotary_order(tensors, config)
     return Checkpoint(
         config=config,
-        weights=Weights(tensors, fingerprint=fingerprint_files([path])),
+        weights=Weights(tensors, fingerprint=fingerprint or fingerprint_files([path])),
         tokenizer=_gguf_tokenizer(file.metadata, config.vocab_size),
         chat_template=_template(file.metadata.get("tokenizer.chat_template"), str(path)),
         name=name,
@@ -189,7 +191,7 @@ def _gguf_config(file: GgufFile) -> ModelConfig:
     divisors: tuple[float, ...] | None = None
     if "rope_freqs.weight" in file.tensors:
         stored = file.tensors["rope_freqs.weight"]
-        divisors = tuple(decode(stored.data, stored.encoding)[0].tolist())
+        divisors = tuple(decode(stored.data[:], stored.encoding)[0].tolist())
         if not all(1e-6 < d < 1e9 for d in divisors):
             raise CheckpointError(f"{file.path}: rope_freqs.weight is out of range; fetch it again")
     embed = file.tensors.get("token_embd.weight")

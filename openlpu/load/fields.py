@@ -89,6 +89,12 @@ def shown(value: object) -> str:
     return " ".join(brief.repr(value).split())[:80]
 
 
+def one_line(message: object, longest: int = 300) -> str:
+    """A stranger's message as one line without control characters, which terminals would obey."""
+    printable = (letter if letter.isprintable() else " " for letter in str(message))
+    return " ".join("".join(printable).split())[:longest]
+
+
 def _same(value: object, allowed: object) -> bool:
     """Equal, with true and 1 kept apart."""
     if isinstance(value, bool) != isinstance(allowed, bool):

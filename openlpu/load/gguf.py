@@ -1,4 +1,4 @@
-"""In: a GGUF file. Out: its metadata, and its tensors as mapped bytes; nothing else is trusted.
+"""In: a GGUF file. Out: its metadata, and where its tensors lie; nothing else is trusted.
 
 Every count, length and offset is compared with the file's size and a limit before anything is
 allocated for it, so a damaged or hostile file ends in a CheckpointError, soon and in little memory.
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openlpu.errors import CheckpointError, UnsupportedTensor
-from openlpu.load.weights import ENCODINGS, Tensor, as_rows, map_file
+from openlpu.load.weights import ENCODINGS, StoredFile, Tensor
 
 _MOST_KEYS = 1 << 16
 _MOST_TENSORS = 1 << 17
@@ -91,13 +91,13 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Map a GGUF file of version 2 or 3, little-endian, and read its header.
+    """Open a GGUF file of version 2 or 3, little-endian, and read its header.
 
     Raises CheckpointError if it is missing, damaged or in another form, UnsupportedTensor if it
     stores a tensor in a type that is not in ENCODINGS.
     """
-    data = map_file(path)
-    header = _Header(data.data, path)
+    file = StoredFile(path)
+    header = _Header(file.map().data, path)
     tensor_count, key_count = header.open()
     metadata = header.metadata(key_count)
     if header.integer(metadata, "split.count", 1) > 1:
@@ -109,7 +109,7 @@ def read_gguf(path: Path) -> GgufFile:
     if alignment not in {1 << bits for bits in range(3, 17)}:
         raise header.damaged(f"general.alignment = {alignment}")
     start = -(-header.position // alignment) * alignment
-    return GgufFile(path, metadata, _map_tensors(header, table, data[start:], alignment))
+    return GgufFile(path, metadata, _find_tensors(header, table, file, start, alignment))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +122,14 @@ class _Entry:
     offset_bytes: int
 
 
-def _map_tensors(
-    header: _Header, table: list[_Entry], data: NDArray[np.uint8], alignment: int
+def _find_tensors(
+    header: _Header, table: list[_Entry], file: StoredFile, base: int, alignment: int
 ) -> dict[str, Tensor]:
-    """Find each tensor's bytes; they must lie inside the file and apart from each other."""
+    """Find each tensor's bytes; they must lie inside the file and apart from each other.
+
+    `base` is where in the file the tensors begin.
+    """
+    size_bytes = len(header.data) - base
     tensors: dict[str, Tensor] = {}
     spans: list[tuple[int, int]] = []
     for entry in table:
@@ -140,10 +144,10 @@ def _map_tensors(
         if shape[-1] % form.block_elements:
             raise header.damaged(f"tensor {name!r} of {kind} has rows of {shape[-1]} elements")
         stop = start + math.prod(shape) // form.block_elements * form.block_bytes
-        if start % alignment or stop > len(data):
-            raise header.damaged(f"tensor {name!r} ends at byte {stop:,} of {len(data):,}")
+        if start % alignment or stop > size_bytes:
+            raise header.damaged(f"tensor {name!r} ends at byte {stop:,} of {size_bytes:,}")
         spans.append((start, stop))
-        tensors[name] = Tensor(shape, kind, as_rows(data[start:stop], shape))
+        tensors[name] = Tensor.in_file(shape, kind, file, start=base + start, stop=base + stop)
     if len(tensors) != len(table):
         raise header.damaged("two tensors have one name")
     if any(after[0] < before[1] for before, after in pairwise(sorted(spans))):

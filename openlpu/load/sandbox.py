@@ -27,6 +27,7 @@ from jinja2.utils import Cycler, Joiner, Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
 from openlpu.errors import TemplateError
+from openlpu.load.fields import one_line
 from openlpu.load.meter import ENTRY_BYTES, MAX_INT_BITS, STEP_BYTES, Meter, check_width
 
 FILTERS: Final = frozenset(
@@ -255,8 +256,7 @@ class MeteredEnvironment(ImmutableSandboxedEnvironment):
 
     def _raise_exception(self, message: Any = "") -> None:
         self.meter.charge_text(message)
-        line = " ".join(str(message).split())[:300]
-        raise TemplateError(f"the chat template refuses this conversation: {line}")
+        raise TemplateError(f"the chat template refuses this conversation: {one_line(message)}")
 
     def _tick(self, cost_bytes: int) -> bool:
         self.meter.charge(cost_bytes)

@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from openlpu.errors import RequestError, TemplateError
+from openlpu.load.fields import one_line
 from openlpu.load.meter import MAX_DEPTH, Meter
 
 MAX_SOURCE_CHARS: Final = 64 << 10
@@ -102,8 +103,8 @@ def _guarded(work: Callable[[], T]) -> T:
         raise TemplateError("the chat template calls itself too deeply") from None
     except Exception as error:
         # Anything at all: the source is a stranger's, and jinja2 raises what Python raises.
-        line = " ".join(str(error).split())[:300]
-        raise TemplateError(f"the chat template failed: {line or type(error).__name__}") from error
+        line = one_line(error) or type(error).__name__
+        raise TemplateError(f"the chat template failed: {line}") from error
 
 
 def _check_messages(messages: Sequence[Mapping[str, Any]], size: _Size) -> list[dict[str, Any]]:

@@ -7,16 +7,18 @@ stream of tokens and the whole list give the same text, cut UTF-8 sequences incl
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from openlpu.errors import CheckpointError, RequestError, UnsupportedModel
+from openlpu.load.fields import one_line
 from openlpu.load.source import TokenizerSource
-from openlpu.load.vocab import SPACE, GgufVocab, read_gguf_vocab
+from openlpu.load.vocab import MAX_TOKEN_CHARS, SPACE, GgufVocab, read_gguf_vocab
 
 if TYPE_CHECKING:
     import tokenizers
@@ -74,13 +76,14 @@ class Tokenizer:
 
         Control tokens written out in the text, such as <|im_end|>, are recognized only with
         `special`; without it they are encoded letter by letter, as text of a user should be.
-        Raises RequestError for text with lone surrogates, which has no UTF-8 form.
+        Raises RequestError for text with lone surrogates, which has no UTF-8 form, and
+        CheckpointError if the model's own regular expressions cannot cope with the text.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError("the text has lone surrogates, which UTF-8 cannot express") from None
-        with self._lock:
+        with self._lock, _explained("the model's tokenizer fails on this text"):
             self._backend.encode_special_tokens = not special
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
@@ -170,28 +173,39 @@ def _read_folder(folder: Path, source: TokenizerSource) -> tuple[GgufVocab, bool
 
     path = folder / "tokenizer.json"
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes > MAX_FILE_BYTES:
-            raise CheckpointError(f"{path} is {size_bytes:,} bytes, too large for a tokenizer")
-        # Read here, so that the size just checked is the size parsed.
-        backend = Backend.from_buffer(path.read_bytes())
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; this model needs it") from None
-    except CheckpointError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        # The library raises bare Exceptions, and panics that are not even Exceptions.
-        line = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is not a sound tokenizer: {line}") from None
-    backend.no_truncation()
-    backend.no_padding()
-    # Llama 3 says that prompts start with BOS only here, in its post-processor.
-    framed = backend.encode("a", add_special_tokens=True).ids
+    if len(data) > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is too large for a tokenizer; fetch it again")
+    with _explained(f"{path} is not a sound tokenizer"):
+        backend = Backend.from_buffer(data)
+        backend.no_truncation()
+        backend.no_padding()
+        # Llama 3 says that prompts start with BOS only here, in its post-processor.
+        framed = backend.encode("a", add_special_tokens=True).ids
+        added = backend.get_added_tokens_decoder().values()
+    # Listing the other tokens would take longer than reading them; their length harms nobody.
+    if any(len(token.content) > MAX_TOKEN_CHARS for token in added):
+        raise CheckpointError(
+            f"{path} has an added token of more than {MAX_TOKEN_CHARS:,} characters; it is damaged"
+        )
     add_bos = source.add_bos or (source.bos_id is not None and framed[0] == source.bos_id)
     byte_level, space_prefix = _decoding(backend, path)
     return GgufVocab(backend, add_bos, space_prefix), byte_level
+
+
+@contextlib.contextmanager
+def _explained(complaint: str) -> Iterator[None]:
+    """Turn what the library raises into one line of CheckpointError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        # The library raises bare Exceptions, and panics that are not even Exceptions.
+        raise CheckpointError(f"{complaint}: {one_line(error, 200)}") from None
 
 
 def _decoding(backend: tokenizers.Tokenizer, path: Path) -> tuple[bool, bool]:

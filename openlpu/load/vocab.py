@@ -12,11 +12,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from openlpu.errors import CheckpointError, UnsupportedModel
+from openlpu.load.fields import one_line
 
 if TYPE_CHECKING:
     import tokenizers
 
 MAX_TOKENS: Final = 1 << 22
+MAX_TOKEN_CHARS: Final = 1 << 10
+"""Real vocabularies end at a few hundred, for runs of spaces."""
+_MAX_SPLIT_CHARS = 1 << 28  # real ones copy 2**21 to 2**25 when their merges are sought
 SPACE: Final = "\u2581"
 """SentencePiece writes a space as this character."""
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
@@ -101,6 +105,11 @@ def read_gguf_vocab(metadata: Mapping[str, Any]) -> GgufVocab:
     tokens = _list(metadata, "tokens", str)
     if len(tokens) > MAX_TOKENS:
         raise CheckpointError(f"tokenizer.ggml.tokens has {len(tokens):,} entries; the file is bad")
+    if (longest := max(map(len, tokens), default=0)) > MAX_TOKEN_CHARS:
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens has a token of {longest:,} characters, more than "
+            f"{MAX_TOKEN_CHARS:,}; the file is bad"
+        )
     if kind == "gpt2":
         backend, add_bos = _byte_level(metadata, tokens)
         space_prefix = False
@@ -179,8 +188,11 @@ def _merges_of_scores(
 ) -> list[tuple[str, str]]:
     """Every way to make a piece out of two, best score first, as SentencePiece merges.
 
-    Control, unknown and byte pieces are never made of text.
+    Control, unknown and byte pieces are never made of text. Raises CheckpointError for tokens so
+    long and many that this would not end soon: the work grows with the squares of their lengths.
     """
+    if sum(len(token) ** 2 for token in tokens) > _MAX_SPLIT_CHARS:
+        raise CheckpointError("tokenizer.ggml.tokens has too many long tokens; the file is bad")
     score_of = {
         token: score
         for token, score, kind in zip(tokens, scores, kinds, strict=True)
@@ -205,7 +217,9 @@ def _merge_tokenizer(
         return Tokenizer(models.BPE(vocab, merges, **options))
     except Exception as error:
         # The library raises bare Exceptions, for instance when a merge makes no token.
-        raise CheckpointError(f"the tokenizer's merges are damaged: {error}") from None
+        raise CheckpointError(
+            f"the tokenizer's merges are damaged: {one_line(error, 200)}"
+        ) from None
 
 
 def _add_special(

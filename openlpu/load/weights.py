@@ -1,4 +1,4 @@
-"""In: named tensors as stored bytes, usually mapped. Out: Weights: float32 rows, or raw blocks.
+"""In: named tensors as stored bytes, usually in a file. Out: Weights: float32 rows, or raw blocks.
 
 Canonical names: embed, head, final_norm, and layers.{i}. followed by attn_norm, q, k, v, o, q_bias,
 k_bias, v_bias, o_bias, q_norm, k_norm, ffn_norm, gate, up, down, gate_bias, up_bias, down_bias.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openlpu.errors import CheckpointError, UnsupportedTensor
+from openlpu.load.blocks import LOSSLESS_BLOCKS, decode_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,71 @@ ENCODINGS: dict[str, Encoding] = {
         Encoding("q6_k", 256, 210),
     )
 }
-LOSSLESS_BLOCKS = ("q8_0", "q4_0", "q4_1")
-"""Encodings whose blocks the grouped formats of the contract hold without loss."""
+
+_READ_BYTES = 1 << 30  # systems refuse or cut short what does not fit into 31 bits
+
+
+class StoredFile:
+    """A file of weights, held open. Its header is mapped; its tensors are read.
+
+    Someone who cuts the file short meanwhile gets an error: a mapping would end the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError if the file cannot be opened."""
+        self.path = path
+        try:
+            # Opening a pipe would wait for its writer; it has no size and is refused as empty.
+            self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise self._failed(error) from None
+        weakref.finalize(self, os.close, self._handle).atexit = False
+
+    def map(self) -> NDArray[np.uint8]:
+        """The whole file, read-only: uint8 [bytes]. CheckpointError if that is impossible."""
+        try:
+            if os.fstat(self._handle).st_size == 0:
+                return np.empty(0, np.uint8)  # an empty file cannot be mapped
+            return np.frombuffer(mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ), np.uint8)
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from None
+
+    def read(self, start: int, size_bytes: int) -> NDArray[np.uint8]:
+        """Bytes [start, start + size_bytes) as a new array. CheckpointError if it ends before."""
+        data = np.empty(size_bytes, np.uint8)
+        left = data.data
+        while left:
+            try:
+                count = os.preadv(
+                    self._handle, [left[:_READ_BYTES]], start + size_bytes - len(left)
+                )
+            except OSError as error:
+                raise self._failed(error) from None
+            if not count:
+                raise CheckpointError(f"{self.path}: cut short while it was read; fetch it again")
+            left = left[count:]
+        return data
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return CheckpointError(f"{self.path}: {reason.lower()}; check the path")
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """The rows of a tensor in a file; a slice of them is read when it is asked for."""
+
+    file: StoredFile
+    start_bytes: int
+    rows: int
+    row_bytes: int
+
+    def __getitem__(self, rows: slice) -> NDArray[np.uint8]:
+        """Rows [start, stop) as a new array: uint8 [rows, row_bytes]."""
+        first, last, _ = rows.indices(self.rows)
+        count = max(last - first, 0)
+        data = self.file.read(self.start_bytes + first * self.row_bytes, count * self.row_bytes)
+        return data.reshape(count, self.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +121,25 @@ class Tensor:
 
     shape: tuple[int, ...]
     encoding: str
-    data: NDArray[np.uint8]
+    data: NDArray[np.uint8] | FileRows
     order: NDArray[np.intp] | None = None
     """Row i of the tensor is row order[i] of the data; None where they agree."""
 
+    @classmethod
+    def in_file(
+        cls, shape: tuple[int, ...], encoding: str, file: StoredFile, *, start: int, stop: int
+    ) -> Tensor:
+        """The tensor in bytes [start, stop) of a file."""
+        rows = shape[0] if len(shape) > 1 else 1
+        return cls(shape, encoding, FileRows(file, start, rows, (stop - start) // rows))
+
     def stored_rows(self, start: int, stop: int) -> NDArray[np.uint8]:
-        if self.order is None:
+        """Rows [start, stop), 0 <= start, as stored: uint8 [rows, bytes per row]."""
+        if self.order is None or start >= stop:
             return self.data[start:stop]
-        return self.data[self.order[start:stop]]
+        wanted = self.order[start:stop]
+        low, high = int(wanted.min()), int(wanted.max()) + 1  # rows move within their head only
+        return self.data[low:high][wanted - low]
 
 
 class Weights:
@@ -94,7 +170,7 @@ class Weights:
         tensor = self._tensor(name)
         first, last, _ = slice(start, stop).indices(tensor.shape[0])
         if len(tensor.shape) == 1:
-            values = decode(tensor.data, tensor.encoding)[0]
+            values = decode(tensor.data[:], tensor.encoding)[0]
             values = (values if tensor.order is None else values[tensor.order])[first:last]
         else:
             values = decode(tensor.stored_rows(first, last), tensor.encoding)
@@ -119,18 +195,12 @@ class Weights:
         first, last, _ = slice(start, stop).indices(tensor.shape[0])
         return np.ascontiguousarray(tensor.stored_rows(first, last))
 
-    def release(self) -> None:
-        """Give back the memory that mapped files took so far; later reads map them again."""
-        mappings = {id(m): m for t in self._tensors.values() if (m := _mapping(t.data))}
-        for mapping in mappings.values():
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapping.madvise(mmap.MADV_DONTNEED)
-
     def fingerprint(self) -> str:
         """Hex sha256 that changes when the checkpoint does; a lookup key, not a content hash.
 
         For files it covers size, times of change and samples of the content (`fingerprint_files`),
-        so that a model of any size is recognized in milliseconds.
+        so that a model of any size is recognized in milliseconds; for an alias, whose file was
+        verified, it is that file's sha256.
         """
         return self._fingerprint
 
@@ -157,25 +227,6 @@ class ArrayWeights(Weights):
         super().__init__(tensors, fingerprint=digest.hexdigest())
 
 
-def _mapping(data: NDArray[np.uint8]) -> mmap.mmap | None:
-    """The mapped file that an array looks into, if it does."""
-    owner: Any = data
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    return owner if isinstance(owner, mmap.mmap) else None
-
-
-def map_file(path: Path) -> NDArray[np.uint8]:
-    """A file's bytes, mapped read-only: uint8 [bytes]. CheckpointError if that is impossible."""
-    try:
-        if path.stat().st_size == 0:
-            return np.empty(0, np.uint8)  # an empty file cannot be mapped
-        return np.asarray(np.memmap(path, np.uint8, "r"))
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise CheckpointError(f"{path}: {reason.lower()}; check the path") from None
-
-
 def as_rows(data: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """A tensor's bytes as uint8 [rows, bytes per row], without a copy."""
     rows = shape[0] if len(shape) > 1 else 1
@@ -191,12 +242,15 @@ def decode(data: NDArray[np.uint8], encoding: str) -> NDArray[np.float32]:
         return data.view("<f2").astype(np.float32)
     if encoding == "bf16":
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    from gguf import GGMLQuantizationType  # imported late: a start from the cache needs none of it
-    from gguf.quants import dequantize
-
     if data.shape[0] == 0:
         form = ENCODINGS[encoding]
         return np.empty((0, data.shape[1] // form.block_bytes * form.block_elements), np.float32)
+    if encoding in LOSSLESS_BLOCKS:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return decode_blocks(data, encoding)
+    from gguf import GGMLQuantizationType  # imported late: a start from the cache needs none of it
+    from gguf.quants import dequantize
+
     with np.errstate(over="ignore", invalid="ignore"):  # infinite scales are found by the caller
         values: NDArray[np.float32] = dequantize(data, GGMLQuantizationType[encoding.upper()])
     return values

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from openlpu.errors import CheckpointError, GraphError
 from openlpu.graph import F32Tensor, GroupedTensor, Param, RowTensor, Step, Tensor
 from openlpu.graph.ops import BLOCK_FORMATS
+from openlpu.load.blocks import quantize_blocks, unpack_blocks
 from openlpu.load.weights import Weights
-from openlpu.numerics import GROUP, rotation
+from openlpu.numerics import rotation
 from openlpu.numerics.quant import quantize_weight
 
 F64 = NDArray[np.float64]
@@ -97,51 +98,16 @@ class Materializer:
         if param.recipe:
             raise GraphError(f"{param.name}: block format {param.format} takes no recipe")
         if self._weights.encoding(param.source) == param.format:
-            return unpack_blocks(self._weights.blocks(param.source, start, stop), param.format)
+            found = unpack_blocks(self._weights.blocks(param.source, start, stop), param.format)
+            halves = [found.scale] if found.minimum is None else [found.scale, found.minimum]
+            if not all(np.isfinite(part).all() for part in halves):
+                raise CheckpointError(
+                    f"tensor {param.source} has an infinite scale; fetch the file again"
+                )
+            return found
         if param.format != "q8_0":
             raise GraphError(f"{param.name}: {param.source} is not stored as {param.format}")
         return quantize_blocks(self._weights.rows(param.source, start, stop))
-
-
-def unpack_blocks(data: NDArray[np.uint8], encoding: str) -> GroupedTensor:
-    """Stored GGUF blocks uint8 [N, bytes] of 32 values each, without loss.
-
-    q8_0: half scale, 32 int8.  q4_0: half scale, 16 bytes; byte i holds value i in its low and
-    value i + 16 in its high nibble, less 8.  q4_1: half scale, half minimum, 16 bytes likewise.
-    """
-    header = {"q8_0": 2, "q4_0": 2, "q4_1": 4}[encoding]
-    payload = GROUP if encoding == "q8_0" else GROUP // 2
-    rows = data.shape[0]
-    blocks = np.ascontiguousarray(data).reshape(rows, -1, header + payload)
-    halves = np.ascontiguousarray(blocks[..., :header]).view("<f2").astype(np.float32)
-    packed = np.ascontiguousarray(blocks[..., header:])
-    minimum = None
-    if encoding == "q8_0":
-        q = packed.view(np.int8)
-    else:
-        q = np.concatenate([packed & 15, packed >> 4], axis=-1).view(np.int8)
-        if encoding == "q4_0":
-            q = q - np.int8(8)
-        else:
-            minimum = np.ascontiguousarray(halves[..., 1])
-    if not np.isfinite(halves).all():
-        raise CheckpointError(f"a {encoding} block has an infinite scale; fetch the file again")
-    return GroupedTensor(q.reshape(rows, -1), np.ascontiguousarray(halves[..., 0]), minimum)
-
-
-def quantize_blocks(w: NDArray[np.float32]) -> GroupedTensor:
-    """Float32 [N, K] to q8_0: per block of 32, scale = half(amax / 127), q = rne(w / scale).
-
-    Raises CheckpointError where a scale is beyond half precision.
-    """
-    blocks = w.astype(np.float64).reshape(w.shape[0], -1, GROUP)
-    with np.errstate(over="ignore"):
-        scale = (np.abs(blocks).max(axis=-1) / 127.0).astype(np.float16).astype(np.float64)
-    if not np.isfinite(scale).all():
-        raise CheckpointError("a weight is above 8e6, beyond q8_0 blocks; use precision w8")
-    divisor = np.where(scale > 0, scale, np.inf)
-    q = np.clip(np.rint(blocks / divisor[..., None]), -127, 127).astype(np.int8)
-    return GroupedTensor(q.reshape(w.shape), scale.astype(np.float32), None)
 
 
 def _formatted(param: Param, w: F64) -> Tensor:
