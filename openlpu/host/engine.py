@@ -37,6 +37,7 @@ from openlpu.store import Store
 MAX_THREADS = 256
 _FIRST_POSITIONS = 2048  # rope table rows at the start; grows by doubling
 Progress = Callable[[str, int, int], None]
+I32 = NDArray[np.int32]
 
 
 def default_threads() -> int:
@@ -86,6 +87,7 @@ class HostModel:
         self.graph, self.threads, self.kernels = graph, threads, target.name
         self.identity, self.packed_bytes = packed.identity, packed.weight_bytes
         self._packed = packed
+        self._vocabulary = next(op.params[0].shape[0] for op in graph.ops if op.kind == "embed")
         self._plan = make_plan(graph, threads)
         code = load_kernels(self._plan.specs, target, store, progress)
         self._context = _aligned(8 * (Context.WORKERS + LINE_WORDS * threads)).view(np.int64)
@@ -166,14 +168,16 @@ class HostModel:
             return self._step(batch)
 
     def _step(self, batch: Batch) -> NDArray[np.float32]:
-        rows, wanted = batch.tokens.shape[0], batch.wanted.shape[0]
-        arrays = self._checked(batch)
+        arrays = [
+            np.ascontiguousarray(a, np.int32)
+            for a in (batch.tokens, batch.positions, batch.slots, batch.wanted, batch.pages)
+        ]
+        rows, wanted = arrays[0].size, arrays[3].size
+        last, shared = self._check(*arrays)
         if rows == 0:
             return np.zeros((0, self._plan.output_width), np.float32)
-        last = int(batch.positions.max())
         if last >= self._cosines.shape[0]:
             self._cosines, self._sines = self._rope(max(last + 1, 2 * self._cosines.shape[0]))
-        shared = rows > 1 and np.unique(batch.slots).shape[0] < rows
         for field, value in (
             (Context.ROWS, rows),
             (Context.WANTED_ROWS, wanted),
@@ -192,36 +196,35 @@ class HostModel:
         self._team.step()
         return logits[:, : self._plan.output_width]
 
-    def _checked(self, batch: Batch) -> list[NDArray[np.int32]]:
-        """The batch's arrays as the kernels read them, once they are known to be in bounds:
-        generated code checks nothing."""
-        arrays = [
-            np.ascontiguousarray(a, np.int32)
-            for a in (batch.tokens, batch.positions, batch.slots, batch.wanted, batch.pages)
-        ]
-        tokens, positions, slots, wanted, pages = arrays
-        rows = tokens.shape[0]
-        vocabulary = next(op.params[0].shape[0] for op in self.graph.ops if op.kind == "embed")
-        if rows > self.max_rows or wanted.shape[0] > rows:
+    def _check(
+        self, tokens: I32, positions: I32, slots: I32, wanted: I32, pages: I32
+    ) -> tuple[int, bool]:
+        """The last position, and whether some sequence has several rows. RequestError unless all
+        is in bounds, for generated code checks nothing. Lists, because most steps have few rows."""
+        rows = tokens.size
+        if rows > self.max_rows or wanted.size > rows:
             raise RequestError(f"a step of {rows} rows; at most {self.max_rows} are possible")
-        if not (positions.shape == slots.shape == (rows,)) or pages.ndim != 2:
+        if not (tokens.shape == positions.shape == slots.shape == (rows,)) or pages.ndim != 2:
             raise RequestError("the arrays of the batch have different lengths")
         if rows == 0:
-            return arrays
-        if tokens.min() < 0 or tokens.max() >= vocabulary:
-            raise RequestError(f"a token id is outside the vocabulary of {vocabulary}")
-        if positions.min() < 0 or slots.min() < 0 or slots.max() >= pages.shape[0]:
+            return 0, False
+        ids, places, owners = tokens.tolist(), positions.tolist(), slots.tolist()
+        if min(ids) < 0 or max(ids) >= self._vocabulary:
+            raise RequestError(f"a token id is outside the vocabulary of {self._vocabulary}")
+        if min(places) < 0 or min(owners) < 0 or max(owners) >= pages.shape[0]:
             raise RequestError("a position or slot of the batch is out of range")
-        if wanted.shape[0] and (wanted.min() < 0 or wanted.max() >= rows):
+        if any(not 0 <= row < rows for row in wanted.tolist()):
             raise RequestError("a wanted row is out of range")
-        ends = np.zeros(pages.shape[0], np.int64)
-        np.maximum.at(ends, slots, positions // PAGE + 1)
-        if ends.max() > pages.shape[1]:
+        ends: dict[int, int] = {}  # {slot: pages that its rows reach}
+        for slot, position in zip(owners, places, strict=True):
+            ends[slot] = max(ends.get(slot, 0), position // PAGE + 1)
+        if max(ends.values()) > pages.shape[1]:
             raise RequestError("a position has no K/V page")
-        used = pages[np.arange(pages.shape[1])[None, :] < ends[:, None]]
-        if used.min() < 0 or used.max() >= self.pages:
-            raise RequestError("a K/V page of the batch is outside the pool")
-        return arrays
+        for slot, end in ends.items():
+            used = pages[slot, :end].tolist()
+            if min(used) < 0 or max(used) >= self.pages:
+                raise RequestError("a K/V page of the batch is outside the pool")
+        return max(places), len(ends) < rows
 
     def close(self) -> None:
         """End the worker threads; the model is of no use afterwards."""
