@@ -147,7 +147,7 @@ def compare(
             "threads": threads,
             "rounds": rounds,
             "cpu": cpu_model(),
-            "system": f"{platform.system()} {platform.release()}, Python {sys.version.split()[0]}",
+            "system": f"{system_name()}, Python {sys.version.split()[0]}",
             "versions": {
                 "openlpu": __version__,
                 "llvm": llvm_version(),
@@ -196,6 +196,11 @@ def _not_idle_s() -> float:
         return 0.0
     user, nice, system, _, _, *rest = (int(t) for t in stat.read_text().split("\n")[0].split()[1:9])
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def system_name() -> str:
+    """The operating system and its version, without the builder's own suffix."""
+    return f"{platform.system()} {platform.release().split('-')[0]}"
 
 
 def cpu_model() -> str:
