@@ -108,12 +108,6 @@ def compile_ir(ir: str, target: Target) -> bytes:
     return bytes(machine.emit_object(_optimized(ir, machine)))
 
 
-def assembly(ir: str, target: Target) -> str:
-    """The optimized assembly text of a module, for people."""
-    machine = _machine(target)
-    return str(machine.emit_assembly(_optimized(ir, machine)))
-
-
 class Loaded:
     """Object code mapped into this process; keeps the code alive while it is referenced."""
 

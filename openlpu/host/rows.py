@@ -13,7 +13,6 @@ from llvmlite import ir
 from openlpu.host.emit import F32, I32, LANES, VB, VF, VI, Kit, Value
 from openlpu.host.layout import (
     FEW_ROWS,
-    MAX_ROWS,
     TASK_ARGS,
     TASK_WANTED,
     Context,
@@ -201,11 +200,6 @@ def own_copy(kit: Kit, base: Value, rows: Value, thread: Value, row_bytes: int) 
     few = kit.b.icmp_signed("<=", rows, kit.i64(FEW_ROWS))
     copy = kit.b.select(few, thread, kit.i64(0))
     return kit.at(base, kit.b.mul(copy, kit.i64(FEW_ROWS * row_bytes)))
-
-
-def copies_rows(threads: int) -> int:
-    """Rows of memory a quantized value needs: all rows once, or FEW_ROWS for every thread."""
-    return max(MAX_ROWS, FEW_ROWS * threads)
 
 
 def _row(kit: Kit, base: Value, row: Value, width: int) -> Value:
