@@ -63,6 +63,18 @@ class UnsupportedTarget(LpuError):
     """A kernel set was asked for that this processor cannot execute."""
 
 
+class ChipError(LpuError):
+    """A chip file has unknown keys or impossible sizes."""
+
+
+class ProgramError(LpuError):
+    """A program cannot be decoded, or is not legal on its chip."""
+
+
+class MachineError(ProgramError):
+    """The simulated chip met what a legal program never does; nothing stalls, it stops."""
+
+
 @dataclass(eq=False)
 class DoesNotFit(LpuError):
     """A resource is too small. Plain data, so that an explorer can read it.
