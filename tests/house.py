@@ -1,6 +1,6 @@
 """In: the folder of a package. Out: its files, who imports whom, broken rules, docs/map.md.
 
-`python tests/house.py` writes the generated pages docs/map.md and docs/knobs.md.
+`python tests/house.py` writes the generated pages docs/map.md, docs/knobs.md and docs/isa.md.
 """
 
 from __future__ import annotations
@@ -200,9 +200,11 @@ def main() -> None:
     """Write the generated pages."""
     sys.path.insert(0, str(REPOSITORY))
     from openlpu import knobs
+    from openlpu.asm import manual
 
     (REPOSITORY / "docs" / "map.md").write_text(map_page(), encoding="utf-8")
     (REPOSITORY / "docs" / "knobs.md").write_text(knobs.table(), encoding="utf-8")
+    (REPOSITORY / "docs" / "isa.md").write_text(manual.page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

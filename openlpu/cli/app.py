@@ -16,7 +16,9 @@ from openlpu import __version__
 from openlpu.cli.chat import chat
 from openlpu.cli.measure import bench, eval_text, verify
 from openlpu.cli.models import inspect, models, pull
+from openlpu.cli.program import asm, check, dis
 from openlpu.cli.run import run
+from openlpu.cli.see import trace, view
 from openlpu.cli.terminal import drop_output, note, write
 from openlpu.errors import LpuError
 from openlpu.knobs import DEBUG
@@ -35,6 +37,11 @@ app.command()(inspect)
 app.command(name="eval")(eval_text)
 app.command()(verify)
 app.command()(bench)
+app.command()(asm)
+app.command()(dis)
+app.command()(check)
+app.command()(view)
+app.command()(trace)
 
 
 def _print_version(wanted: bool) -> None:

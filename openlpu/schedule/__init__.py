@@ -1,0 +1,1 @@
+"""In: a quantized Graph, its tensors and a Chip. Out: a Program, every cycle of it decided."""

@@ -1,0 +1,627 @@
+"""In: queries, keys and values of one layer. Out: tasks that append, attend chunk by chunk, merge.
+
+The chunks of a sequence are cut into tiles of as many positions as the chip has lanes. A group of
+chunks, one tile a plane where that is possible, is one run of a section; a step runs it as often as
+the longest context needs. Tile u of a group lies in plane u mod P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from openlpu.chip import EAST, WEST, Chip
+from openlpu.errors import UnsupportedModel
+from openlpu.graph import Op
+from openlpu.numerics.attention import DENOMINATOR_BITS, softmax_factor
+from openlpu.numerics.quant import R127, TINY
+from openlpu.schedule import layout as layouts
+from openlpu.schedule.deliver import Send, Visit, deliver
+from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand
+from openlpu.schedule.lower import BYTE, WORD, Lowering, exp2, quantization_scale, quantization_step
+from openlpu.schedule.matrix import Tile, accumulators, act, install, load
+from openlpu.schedule.memory import QUAD, Buffer, Memory
+from openlpu.schedule.ports import Ports
+
+KEY_BASE, SCALE_BASE, PLACE_BASE, ROW_BASE, FIRST_BASE = 2, 3, 4, 5, 6
+SET_BASE = 7  # loaded from a stream
+NEVER = 1 << 30  # a position that no row sees
+_MINUS_INF = -(1 << 23)  # 0xff800000
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a model's attention lies on the chip."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    chunk: int
+    lanes: int
+    planes: int
+    context: int
+    sequences: int
+    rows: int  # of one sequence in a step
+
+    @property
+    def share(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def heads_per_vector(self) -> int:
+        return min(self.kv_heads, self.lanes // self.head_dim)
+
+    @property
+    def vectors(self) -> int:
+        return -(-self.kv_heads // self.heads_per_vector)
+
+    @property
+    def tiles_per_chunk(self) -> int:
+        return -(-self.chunk // self.lanes)
+
+    @property
+    def chunks_per_group(self) -> int:
+        return max(1, min(self.planes // self.tiles_per_chunk, -(-self.context // self.chunk)))
+
+    @property
+    def units(self) -> int:
+        """Tiles of a group."""
+        return self.chunks_per_group * self.tiles_per_chunk
+
+    @property
+    def groups(self) -> int:
+        """Runs that the whole context needs."""
+        return -(-self.context // (self.chunk * self.chunks_per_group))
+
+    def heads_of(self, vector: int) -> int:
+        """Key heads in a key vector."""
+        return min(self.heads_per_vector, self.kv_heads - vector * self.heads_per_vector)
+
+
+def geometry(op: Op, chip: Chip, *, context: int, sequences: int, rows: int) -> Geometry:
+    """Raises UnsupportedModel for heads wider than a vector."""
+    dim = op.integer("head_dim")
+    if dim > chip.lanes:
+        raise UnsupportedModel(
+            f"a head of {dim} is wider than the {chip.lanes} lanes of {chip.name}"
+        )
+    return Geometry(
+        op.integer("heads"),
+        op.integer("kv_heads"),
+        dim,
+        op.integer("chunk"),
+        chip.lanes,
+        chip.planes,
+        context,
+        sequences,
+        rows // sequences,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Where keys, values and their scales lie. Keys: (vector, unit) -> tile slices and words of
+    layer 0, sequence 0, group 0. Scales: (vector, head, unit)."""
+
+    slices: dict[int, tuple[int, ...]]  # unit -> the slices of its tiles
+    keys: dict[tuple[int, int], tuple[int, ...]]
+    values: dict[tuple[int, int], tuple[int, ...]]
+    scale_slices: dict[int, tuple[int, ...]]
+    key_scales: dict[tuple[int, int, int], tuple[int, ...]]
+    value_scales: dict[tuple[int, int, int], tuple[int, ...]]
+    places: dict[int, Buffer]  # unit -> the positions in its lanes, a word for each group
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What lives between the sections of a layer. queries, scales: per (vector, head, share);
+    top, sums, out: per (vector, share)."""
+
+    queries: dict[tuple[int, int, int], tuple[Buffer, Buffer]]
+    scales: dict[tuple[int, int, int], Buffer]
+    top: dict[tuple[int, int], Buffer]
+    sums: dict[tuple[int, int], Buffer]
+    out: dict[tuple[int, int], Buffer]
+
+
+def place_cache(g: Geometry, memory: Memory, side_of_plane: int) -> Cache:
+    """Reserve the context's memory; the positions of lanes are constants."""
+    chip = memory.chip
+    width = chip.install_streams
+    words = g.sequences * g.groups * (g.lanes // width)
+    cache = Cache({}, {}, {}, {}, {}, {}, {})
+    for u in range(g.units):
+        side = int(u % g.planes >= side_of_plane)
+        quads = memory.emptiest("context", side, width // QUAD)
+        slices = tuple(q + b for q in quads for b in range(QUAD))
+        cache.slices[u] = slices
+        for v in range(g.vectors):
+            for kept in (cache.keys, cache.values):
+                kept[v, u] = tuple(memory.layered("context", s, words) for s in slices)
+        quad = memory.emptiest("context", side, 1)[0]
+        cache.scale_slices[u] = tuple(range(quad, quad + QUAD))
+        for v in range(g.vectors):
+            for h in range(g.heads_of(v)):
+                for kept_scales in (cache.key_scales, cache.value_scales):
+                    kept_scales[v, h, u] = tuple(
+                        memory.layered("context", s, g.sequences * g.groups)
+                        for s in cache.scale_slices[u]
+                    )
+        cache.places[u] = _places(g, memory, u, side)
+    return cache
+
+
+def _places(g: Geometry, memory: Memory, u: int, side: int) -> Buffer:
+    chunk, tile = divmod(u, g.tiles_per_chunk)
+    inside = tile * g.lanes + np.arange(g.lanes)
+    table = np.empty((g.groups, g.lanes), "<i4")
+    for group in range(g.groups):
+        start = (group * g.chunks_per_group + chunk) * g.chunk
+        table[group] = np.where(inside < g.chunk, start + inside, NEVER)
+    quad = memory.emptiest("weights", side, 1)[0]
+    slices = tuple(range(quad, quad + WORD))
+    words = tuple(memory.fixed("weights", s, g.groups) for s in slices)
+    planes = table.view(np.uint8).reshape(g.groups, g.lanes, 4)
+    for b, (s, word) in enumerate(zip(slices, words, strict=True)):
+        memory.put(s, word, np.ascontiguousarray(planes[:, :, b]), "constants")
+    return Buffer(slices, words, 1, 0, PLACE_BASE)
+
+
+def place_state(g: Geometry, ports: Ports, count: int) -> State:
+    """Reserve what lives between sections, `count` rows each."""
+    state = State({}, {}, {}, {}, {})
+    for v in range(g.vectors):
+        for j in range(g.share):
+            for h in range(g.heads_of(v)):
+                west, east = (ports.static(BYTE, count, side) for side in (WEST, EAST))
+                state.queries[v, h, j] = (west, east)
+                state.scales[v, h, j] = ports.static(WORD, count, None)
+            for kept in (state.top, state.sums, state.out):
+                kept[v, j] = ports.static(WORD, count, None)
+    return state
+
+
+class Attention:
+    """Lowers the attention of one layer, in three sections."""
+
+    def __init__(self, g: Geometry, cache: Cache, state: State, ports: Ports) -> None:
+        self.g = g
+        self.cache = cache
+        self.state = state
+        self.ports = ports
+
+    # -- before: queries, keys, values ----------------------------------------------------------
+
+    def prepare(self, low: Lowering, op: Op) -> None:
+        """Quantize the queries, append keys and values, and begin the sums."""
+        g = self.g
+        of_keys = layouts.keys(g.kv_heads, g.head_dim, low.chip)
+        of_queries = layouts.queries(g.heads, g.kv_heads, g.head_dim, low.chip)
+        keys = low.words(op.src[1], of_keys)
+        queries = low.words(op.src[0], of_queries)
+        values = low.words(op.src[2], of_keys)
+        for v in range(g.vectors):
+            low.b.tag(f"{op.out} append")
+            key = self._stored(low, keys[v], v)
+            low.b.tag(f"{op.out} quantize queries")
+            for j in range(g.share):
+                self._query(low, queries[v * g.share + j], v, j)
+            low.b.tag(f"{op.out} append")
+            value = self._stored(low, values[v], v)
+            self._append(low, v, key, value)
+        low.b.tag(f"{op.out} begin")
+        for v in range(g.vectors):
+            for j in range(g.share):
+                e = Expression()
+                e.write(e.op("mov", _MINUS_INF), self.state.top[v, j])
+                e.write(e.op("mov", 0), self.state.sums[v, j])
+                e.write(e.op("mov", 0), self.state.out[v, j])
+                low.evaluate(e)
+
+    def _mask(self, low: Lowering, v: int, h: int) -> Buffer | None:
+        """The lanes of a head, or None where its vector has no other."""
+        if self.g.heads_of(v) == 1 and self.g.head_dim == self.g.lanes:
+            return None
+        lanes = np.arange(self.g.lanes)
+        return low.mask(lanes // self.g.head_dim == h)
+
+    def _query(self, low: Lowering, word: Buffer, v: int, j: int) -> None:
+        g = self.g
+        factor = float(np.float32(softmax_factor(g.head_dim)))
+        for h in range(g.heads_of(v)):
+            mask = self._mask(low, v, h)
+            amax = low.largest([word], mask)
+            e = Expression()
+            limited, step = quantization_step(e, Leaf(amax))
+            x: Operand = Leaf(word)
+            if mask is not None:
+                x = e.op("and", x, Leaf(mask))
+            e.write(e.op("ftoi", e.op("fmul", x, step)), *self.state.queries[v, h, j])
+            scale = e.op("fmul", quantization_scale(e, limited), factor)
+            e.write(scale, self.state.scales[v, h, j])
+            low.evaluate(e)
+
+    def _stored(self, low: Lowering, word: Buffer, v: int) -> tuple[Buffer, list[Buffer]]:
+        """A key or value vector as bytes, and the scale of each of its heads."""
+        heads = range(self.g.heads_of(v))
+        masks = [self._mask(low, v, h) for h in heads]
+        tops = [low.largest([word], mask) for mask in masks]
+        e = Expression()
+        total: Operand | None = None
+        scales = []
+        for h in heads:
+            limited, step = quantization_step(e, Leaf(tops[h]))
+            x: Operand = Leaf(word)
+            mask = masks[h]
+            if mask is not None:
+                x = e.op("and", x, Leaf(mask))
+            q = e.op("ftoi", e.op("fmul", x, step))
+            total = q if total is None else e.op("add", total, q)
+            scales.append(low.scratch())
+            e.write(quantization_scale(e, limited), scales[-1])
+        assert total is not None
+        out = low.scratch(BYTE)
+        e.write(total, out)
+        *scales, out = low.evaluate(e, *scales, out)
+        return out, scales
+
+    def _append(
+        self,
+        low: Lowering,
+        v: int,
+        key: tuple[Buffer, list[Buffer]],
+        value: tuple[Buffer, list[Buffer]],
+    ) -> None:
+        """Send the new position's vectors past every slice that may keep them."""
+        g, chip = self.g, low.chip
+        limit = g.sequences * g.groups * (g.lanes // chip.install_streams)
+        stride = low.memory  # bases include the layer's part; the bank is the whole limit
+        del stride
+        for u in range(g.units):
+            address, lane = self.ports.key_address(u)
+            slices = self.cache.slices[u]
+            width = len(slices)
+            top = self._limit(low, (*self.cache.keys[v, u], *self.cache.values[v, u]), limit)
+            bases = [
+                Visit(s, "setbase", base=SET_BASE, lane=lane + 2 * i, limit=top)
+                for i, s in enumerate(slices)
+            ]
+            writes = [
+                [Visit(s, "write", word=words[i], base=SET_BASE) for i, s in enumerate(slices)]
+                for words in (self.cache.keys[v, u], self.cache.values[v, u])
+            ]
+            assert width == chip.install_streams
+            deliver(
+                low.b,
+                [
+                    Send(0, address, bases),
+                    Send(1, key[0], writes[0]),
+                    Send(2, value[0], writes[1]),
+                ],
+                low.rows,
+                3,
+            )
+            self._append_scales(low, v, u, key[1], value[1])
+
+    def _limit(self, low: Lowering, words: tuple[int, ...], span: int) -> int:
+        """The largest base that keeps every word in its bank."""
+        del span
+        bank = low.chip.words_per_bank
+        return min(bank - 1 - word % bank for word in words)
+
+    def _append_scales(
+        self, low: Lowering, v: int, u: int, keys: list[Buffer], values: list[Buffer]
+    ) -> None:
+        address, lane = self.ports.scale_address(u)
+        slices = self.cache.scale_slices[u]
+        kept = [self.cache.key_scales[v, h, u] for h in range(len(keys))]
+        kept += [self.cache.value_scales[v, h, u] for h in range(len(values))]
+        top = self._limit(low, tuple(word for words in kept for word in words), 0)
+        bases = [Visit(s, "setbase", base=SET_BASE, lane=lane, limit=top) for s in slices]
+        sends = [Send(0, address, bases)]
+        lane_map = self.ports.lane_map()
+        at = 1
+        hop = low.chip.slices_per_hop
+        for scale, words in zip([*keys, *values], kept, strict=True):
+            for b in range(0, WORD, 2):
+                pair = replace(scale, slices=scale.slices[b : b + 2], words=scale.words[b : b + 2])
+                assert slices[b] // hop == slices[b + 1] // hop
+                sends.append(Send(at, lane_map, []))
+                visits = [
+                    Visit(slices[b + i], "scatter", part=i, word=words[b + i], base=SET_BASE)
+                    for i in range(2)
+                ]
+                sends.append(Send(at, pair, visits, with_map=len(sends) - 1))
+                at += 1
+        deliver(low.b, sends, low.rows, at)
+
+    # -- a group of chunks ----------------------------------------------------------------------
+
+    def attend(self, low: Lowering, op: Op) -> None:
+        """One group of chunks: scores, weights, weighted values, merged into the sums."""
+        for v in range(self.g.vectors):
+            self._vector(low, op, v)
+
+    def _side(self, low: Lowering, u: int) -> int:
+        return int(u % self.g.planes >= low.chip.planes_per_hemisphere)
+
+    def _tile(self, low: Lowering, v: int, u: int, *, values: bool) -> Tile:
+        kept = self.cache.values if values else self.cache.keys
+        groups = ((0, 0, self.g.lanes // low.chip.install_streams),)
+        return Tile(self.cache.slices[u], kept[v, u], groups, values, KEY_BASE)
+
+    def _rows(self, buffer: Buffer) -> Buffer:
+        """Rows of this sequence of a lasting buffer."""
+        return replace(buffer, base=ROW_BASE)
+
+    def _vector(self, low: Lowering, op: Op, v: int) -> None:
+        g = self.g
+        pairs = [(j, h) for j in range(g.share) for h in range(g.heads_of(v))]
+        low.b.tag(f"{op.out} scores")
+        scores = self._products_of_keys(low, v, pairs)
+        softmax = {}
+        for j, h in pairs:
+            for c in range(g.chunks_per_group):
+                low.b.tag(f"{op.out} scores")
+                softmax[j, h, c] = self._scaled(low, op, v, j, h, c, scores)
+        tops = {}
+        for key, (words, west, east) in softmax.items():
+            low.b.tag(f"{op.out} softmax")
+            tops[key] = (words, low.over_lanes(west, east, "fmax"))
+        weights = {}
+        for (j, h, c), (words, top) in tops.items():
+            weights[j, h, c] = self._weights(low, v, h, c, words, top)
+        low.b.tag(f"{op.out} sum of weights")
+        totals = self._totals(low, {key: entry[1] for key, entry in weights.items()})
+        low.b.tag(f"{op.out} values")
+        sums, largest = self._products_of_values(low, v, weights)
+        low.b.tag(f"{op.out} merge")
+        for j in range(g.share):
+            self._merge(low, v, j, tops, largest, totals, sums)
+
+    def _products_of_keys(
+        self, low: Lowering, v: int, pairs: list[tuple[int, int]]
+    ) -> dict[tuple[int, int, int], Accumulator]:
+        """(share, head, unit) -> integer scores of the unit's positions."""
+        g = self.g
+        found = {}
+        for u in range(g.units):
+            plane = u % g.planes
+            load(low.b, plane, self._tile(low, v, u, values=False))
+            install(low.b, plane)
+            for j, h in pairs:
+                x = self._rows(self.state.queries[v, h, j][self._side(low, u)])
+                into = accumulators(low.b, plane, low.rows)
+                found[j, h, u] = act(low.b, into, x, low.rows, add=False)
+        return found
+
+    def _units(self, c: int) -> list[int]:
+        return [c * self.g.tiles_per_chunk + i for i in range(self.g.tiles_per_chunk)]
+
+    def _scaled(
+        self,
+        low: Lowering,
+        op: Op,
+        v: int,
+        j: int,
+        h: int,
+        c: int,
+        scores: dict[tuple[int, int, int], Accumulator],
+    ) -> tuple[list[Buffer], Buffer, Buffer]:
+        """Visible scores as words per tile (-inf where hidden), their maximum on both sides."""
+        e = Expression()
+        position = Leaf(self._rows(self.ports.position()))
+        first = self.ports.first_visible()
+        top: Operand | None = None
+        outs = []
+        for u in self._units(c):
+            scale = Buffer(
+                self.cache.scale_slices[u], self.cache.key_scales[v, h, u], 1, 0, SCALE_BASE
+            )
+            product = e.op("fmul", Leaf(self._rows(self.state.scales[v, h, j])), Leaf(scale))
+            t = e.op("fmul", e.op("itof", Leaf(scores[j, h, u])), product)
+            place = Leaf(self.cache.places[u])
+            visible = e.op("le", place, position)
+            if first is not None:
+                after_first = e.op("le", Leaf(replace(first, base=FIRST_BASE)), place)
+                visible = e.op("and", visible, after_first)
+            t = e.op("sel", visible, t, _MINUS_INF)
+            outs.append(low.scratch())
+            e.write(t, outs[-1])
+            top = t if top is None else e.op("fmax", top, t)
+        assert top is not None
+        pair = low.both_sides()
+        e.write(top, *pair)
+        *outs, west, east = low.evaluate(e, *outs, *pair)
+        return outs, west, east
+
+    def _weights(
+        self, low: Lowering, v: int, h: int, c: int, words: list[Buffer], top: Buffer
+    ) -> tuple[list[Buffer], list[list[Buffer]], tuple[Buffer, Buffer]]:
+        """Per tile: weights times value scales; limbs of the denominator; the largest weight."""
+        e = Expression()
+        largest: Operand | None = None
+        outs, limbs = [], []
+        for i, u in enumerate(self._units(c)):
+            t = e.op("mov", Leaf(words[i]))
+            hidden = e.op("eq", t, _MINUS_INF)
+            power = e.op("sel", hidden, 0, exp2(e, e.op("fsub", t, Leaf(top))))
+            total = e.op("ftoi", e.op("fmul", power, float(2**DENOMINATOR_BITS)))
+            side = self._side(low, u)
+            for k in range(3):
+                limbs.append(low.scratch(BYTE, side=side, outer=True))
+                e.write(total, limbs[-1])
+                if k < 2:
+                    total = e.op("shr", e.op("add", total, 128), 8)
+            scale = Buffer(
+                self.cache.scale_slices[u], self.cache.value_scales[v, h, u], 1, 0, SCALE_BASE
+            )
+            w = e.op("sel", hidden, 0, e.op("fmul", power, Leaf(scale)))
+            outs.append(low.scratch())
+            e.write(w, outs[-1])
+            largest = w if largest is None else e.op("max", largest, w)
+        assert largest is not None
+        pair = low.both_sides()
+        e.write(largest, *pair)
+        done = low.evaluate(e, *outs, *limbs, *pair)
+        n = len(outs)
+        tiles = [done[n + 3 * i : n + 3 * i + 3] for i in range(n)]
+        return done[:n], tiles, (done[-2], done[-1])
+
+    def _totals(
+        self, low: Lowering, limbs: dict[tuple[int, int, int], list[list[Buffer]]]
+    ) -> dict[tuple[int, int, int], Buffer]:
+        """The exact sums of weights, as integers in every lane."""
+        g = self.g
+        for plane in range(min(g.planes, g.units)):
+            load(low.b, plane, low.ones(plane))
+            install(low.b, plane)
+        found = {}
+        for key, tiles in limbs.items():
+            e = Expression()
+            total: Operand | None = None
+            for i, u in enumerate(self._units(key[2])):
+                plane = u % g.planes
+                for k, limb in enumerate(tiles[i]):
+                    into = accumulators(low.b, plane, low.rows)
+                    part: Operand = Leaf(act(low.b, into, limb, low.rows, add=False))
+                    if k:
+                        part = e.op("shl", part, 8 * k)
+                    total = part if total is None else e.op("add", total, part)
+            assert total is not None
+            out = low.scratch()
+            e.write(total, out)
+            found[key] = low.evaluate(e, out)[0]
+        return found
+
+    def _products_of_values(
+        self,
+        low: Lowering,
+        v: int,
+        weights: dict[
+            tuple[int, int, int],
+            tuple[list[Buffer], list[list[Buffer]], tuple[Buffer, Buffer]],
+        ],
+    ) -> tuple[dict[tuple[int, int, int], list[Accumulator]], dict[tuple[int, int, int], Buffer]]:
+        """(share, head, chunk) -> sums of 7-bit weights times values, and the largest weight."""
+        g = self.g
+        bytes_of: dict[tuple[int, int, int], list[Buffer]] = {}
+        largest = {}
+        for key, (words, _, pair) in weights.items():
+            largest[key] = low.over_lanes(*pair, "max")
+            e = Expression()
+            top = e.op("mov", Leaf(largest[key]))
+            usable = e.op("fle", float(TINY), top)
+            step = e.op("sel", usable, e.op("fdiv", 127.0, top), 0)
+            outs = []
+            for i, u in enumerate(self._units(key[2])):
+                outs.append(low.scratch(BYTE, side=self._side(low, u), outer=True))
+                e.write(e.op("ftoi", e.op("fmul", Leaf(words[i]), step)), outs[-1])
+            bytes_of[key] = low.evaluate(e, *outs)
+        sums: dict[tuple[int, int, int], list[Accumulator]] = {key: [] for key in weights}
+        for u in range(g.units):
+            plane = u % g.planes
+            c, i = divmod(u, g.tiles_per_chunk)
+            load(low.b, plane, self._tile(low, v, u, values=True))
+            install(low.b, plane)
+            for key in weights:
+                if key[2] == c:
+                    into = accumulators(low.b, plane, low.rows)
+                    sums[key].append(act(low.b, into, bytes_of[key][i], low.rows, add=False))
+        return sums, largest
+
+    def _merge(
+        self,
+        low: Lowering,
+        v: int,
+        j: int,
+        tops: dict[tuple[int, int, int], tuple[list[Buffer], Buffer]],
+        largest: dict[tuple[int, int, int], Buffer],
+        totals: dict[tuple[int, int, int], Buffer],
+        sums: dict[tuple[int, int, int], list[Accumulator]],
+    ) -> None:
+        """Chunks in order into the running maximum, sum and output of a query vector."""
+        g = self.g
+        e = Expression()
+        state = [
+            self._rows(kept[v, j]) for kept in (self.state.top, self.state.sums, self.state.out)
+        ]
+        top, total, out = (e.op("mov", Leaf(buffer)) for buffer in state)
+        for c in range(g.chunks_per_group):
+            m, a, l, o = (
+                self._of_heads(low, e, v, j, c, part)
+                for part in (
+                    {k: [Leaf(b)] for k, (_, b) in tops.items()},
+                    {k: [Leaf(b)] for k, b in largest.items()},
+                    {k: [Leaf(b)] for k, b in totals.items()},
+                    {k: [Leaf(s) for s in found] for k, found in sums.items()},
+                )
+            )
+            m = e.op("mov", m)
+            o = e.op("fmul", e.op("itof", o), e.op("fmul", a, float(R127)))
+            l = e.op("fmul", e.op("itof", l), float(2.0**-DENOMINATOR_BITS))
+            idle = e.op("eq", m, _MINUS_INF)
+            fresh = e.op("eq", top, _MINUS_INF)
+            highest = e.op("fmax", top, m)
+            x = exp2(e, e.op("fsub", top, highest))
+            y = exp2(e, e.op("fsub", m, highest))
+            for_sum = e.op("fadd", e.op("fmul", total, x), e.op("fmul", l, y))
+            for_out = e.op("fadd", e.op("fmul", out, x), e.op("fmul", o, y))
+            total = e.op("sel", idle, total, e.op("sel", fresh, l, for_sum))
+            out = e.op("sel", idle, out, e.op("sel", fresh, o, for_out))
+            top = e.op("sel", idle, top, highest)
+        for value, buffer in zip((top, total, out), state, strict=True):
+            e.write(value, buffer)
+        low.evaluate(e)
+
+    def _of_heads(
+        self,
+        low: Lowering,
+        e: Expression,
+        v: int,
+        j: int,
+        c: int,
+        part: dict[tuple[int, int, int], list[Leaf]],
+    ) -> Operand:
+        """What belongs to each head, in its lanes; several leaves of a head are added."""
+        found: Operand | None = None
+        for h in range(self.g.heads_of(v)):
+            value: Operand = part[j, h, c][0]
+            for more in part[j, h, c][1:]:
+                value = e.op("add", value, more)
+            if found is None:
+                found = value
+            else:
+                mask = self._mask(low, v, h)
+                assert mask is not None
+                found = e.op("sel", Leaf(mask), value, found)
+        assert found is not None
+        return found
+
+    # -- after ----------------------------------------------------------------------------------
+
+    def finish(self, low: Lowering, op: Op) -> None:
+        """The attention's rows, divided by their sums."""
+        g = self.g
+        of_queries = layouts.queries(g.heads, g.kv_heads, g.head_dim, low.chip)
+        low.b.tag(f"{op.out} divide")
+        outs = []
+        for v in range(g.vectors):
+            for j in range(g.share):
+                e = Expression()
+                out = low.scratch()
+                inverse = e.op("fdiv", 1.0, Leaf(self.state.sums[v, j]))
+                used = _used(low, of_queries[v * g.share + j])
+                y: Node = e.op("fmul", Leaf(self.state.out[v, j]), inverse)
+                if used is not None:
+                    y = e.op("and", y, Leaf(used))
+                e.write(y, out)
+                outs += low.evaluate(e, out)
+        low.know(op.out, of_queries, outs)
+        low.outside[op.out] = (g.heads * g.head_dim, of_queries)
+
+
+def _used(low: Lowering, row: layouts.Layout) -> Buffer | None:
+    """A mask of the lanes in use, or None where all are."""
+    return None if (row >= 0).all() else low.mask(row >= 0)

@@ -1,0 +1,322 @@
+"""In: a quantized Graph, its tensors, a Chip and sizes. Out: the Program of one step.
+
+Sections: embed; before, attend and after of a layer, compiled once and run for every layer with
+other bases; head. The plan of a step:
+
+    embed, layers x (before, sequences x (groups of chunks x attend), after), head
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.chip import Chip
+from openlpu.errors import DoesNotFit, RequestError, UnsupportedModel
+from openlpu.graph import F32Tensor, Graph, Op, RowTensor, TensorSource
+from openlpu.graph.ops import weights_and_biases
+from openlpu.program import Base, Loop, Param, Program, Run, Section
+from openlpu.schedule import layout as layouts
+from openlpu.schedule.attention import (
+    FIRST_BASE,
+    KEY_BASE,
+    PLACE_BASE,
+    ROW_BASE,
+    SCALE_BASE,
+    SET_BASE,
+    Attention,
+    Geometry,
+    geometry,
+    place_cache,
+    place_state,
+)
+from openlpu.schedule.embed import EmbeddingTable, embed, place_table
+from openlpu.schedule.lower import LAYER_BASE, Constants, Lowering
+from openlpu.schedule.maps import Maps
+from openlpu.schedule.memory import Buffer, Memory
+from openlpu.schedule.normal import Layer, Parts, parts, plain
+from openlpu.schedule.ports import Ports
+from openlpu.schedule.section import SectionBuilder
+from openlpu.schedule.weights import WeightStore
+
+Progress = Callable[[str, int, int], None]
+_SCRATCH_WORDS = (64, 128, 256, 512, 1024)
+MAX_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """rows: of a step, of `sequences` sequences with as many each. context: most positions."""
+
+    rows: int
+    sequences: int
+    context: int
+
+
+def build_program(
+    graph: Graph,
+    source: TensorSource,
+    chip: Chip,
+    sizes: Sizes,
+    *,
+    progress: Progress | None = None,
+) -> Program:
+    """Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no sense."""
+    _check_sizes(sizes)
+    model = parts(plain(graph))
+    refused: DoesNotFit | None = None
+    for scratch_words in _SCRATCH_WORDS:
+        try:
+            return _Build(graph, model, source, chip, sizes, scratch_words, progress).program()
+        except DoesNotFit as error:
+            if not error.resource.startswith("scratch"):
+                raise refused or error from None
+            refused = error
+    assert refused is not None
+    raise refused
+
+
+def _check_sizes(sizes: Sizes) -> None:
+    if not 1 <= sizes.rows <= MAX_ROWS:
+        raise RequestError(f"rows is {sizes.rows}; give 1 to {MAX_ROWS}")
+    if sizes.sequences < 1 or sizes.rows % sizes.sequences:
+        raise RequestError(f"{sizes.rows} rows are no multiple of {sizes.sequences} sequences")
+    if sizes.context < 1:
+        raise RequestError(f"context is {sizes.context}; give at least 1")
+
+
+class _Build:
+    """One attempt, with so many words of scratch in each bank."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        model: Parts,
+        source: TensorSource,
+        chip: Chip,
+        sizes: Sizes,
+        scratch_words: int,
+        progress: Progress | None,
+    ) -> None:
+        self.graph, self.model, self.source = graph, model, source
+        self.chip, self.sizes, self.progress = chip, sizes, progress
+        self.memory = Memory(chip, layers=len(model.layers), scratch_words=scratch_words)
+        self.maps = Maps(chip)
+        self.store = WeightStore(self.memory)
+        self.constants = Constants(self.memory, self.store)
+        windows = [layer.attention.integer("window", 0) for layer in model.layers]
+        self.ports = Ports(self.memory, sizes.rows, len(model.layers), any(windows))
+        attention = model.layers[0].attention
+        self.geometry = geometry(
+            attention, chip, context=sizes.context, sequences=sizes.sequences, rows=sizes.rows
+        )
+        self.ports.units = self.geometry.units
+        self.once = (model.embed, *model.head)
+        body = model.layers[0]
+        self.body = (*body.before, body.attention, *body.after)
+
+    def program(self) -> Program:
+        table = place_table(self.model.embed, -1, self.memory, self.store)
+        width = self.model.embed.params[0].shape[1]
+        self.dense = layouts.dense(width, self.chip)
+        self.stream = [self.ports.static(4, self.sizes.rows, None) for _ in self.dense]
+        cache = place_cache(self.geometry, self.memory, self.chip.planes_per_hemisphere)
+        state = place_state(self.geometry, self.ports, self.sizes.rows)
+        attention = Attention(self.geometry, cache, state, self.ports)
+        sections = []
+        stages: list[tuple[str, Callable[[], Section]]] = [
+            ("embed", lambda: self._embed(table)),
+            ("before", lambda: self._before(attention)),
+            ("attend", lambda: self._attend(attention)),
+            ("after", lambda: self._after(attention)),
+            ("head", self._head),
+        ]
+        for i, (name, stage) in enumerate(stages):
+            self._tell("schedule " + name, i, len(stages))
+            self.memory.clear_scratch()
+            sections.append(stage())
+        self._fill()
+        return Program(
+            chip=self.chip.name,
+            sections=tuple(sections),
+            plan=self._plan(sections),
+            params=(Param("groups", self.sizes.sequences, 1, self.geometry.groups),),
+            maps=self.maps.table(),
+            image=self.memory.image(),
+            ports=self.ports.described(),
+            used=tuple(self.memory.used),
+            meta=json.dumps(self._meta(table, cache), sort_keys=True),
+        )
+
+    def _tell(self, what: str, done: int, of: int) -> None:
+        if self.progress is not None:
+            self.progress(what, done, of)
+
+    # -- sections -------------------------------------------------------------------------------
+
+    def _lowering(
+        self, name: str, ops: dict[str, tuple[int, Op]], rows: int, *, layered: bool
+    ) -> Lowering:
+        builder = SectionBuilder(self.chip, self.memory, self.maps, name)
+        low = Lowering(builder, self.constants, self.store, ops, rows, layered=layered)
+        low.rope = self.ports.rope
+        return low
+
+    def _layer_ops(self) -> dict[str, tuple[int, Op]]:
+        return {op.out: (i, op) for i, op in enumerate(self.body) if op.kind != "attention"}
+
+    def _know_stream(self, low: Lowering, value: str) -> None:
+        low.know(value, self.dense, self.stream)
+        low.outside[value] = (int((self.dense >= 0).sum()), self.dense)
+
+    def _embed(self, table: EmbeddingTable) -> Section:
+        low = self._lowering("embed", {}, self.sizes.rows, layered=False)
+        embed(low, self.model.embed, table, self.ports, self.stream)
+        return low.b.finish()
+
+    def _before(self, attention: Attention) -> Section:
+        low = self._lowering("before", self._layer_ops(), self.sizes.rows, layered=True)
+        self._know_stream(low, self.model.layers[0].source)
+        attention.prepare(low, self.model.layers[0].attention)
+        return low.b.finish()
+
+    def _attend(self, attention: Attention) -> Section:
+        low = self._lowering("attend", {}, self.geometry.rows, layered=True)
+        attention.attend(low, self.model.layers[0].attention)
+        return low.b.finish()
+
+    def _after(self, attention: Attention) -> Section:
+        layer = self.model.layers[0]
+        low = self._lowering("after", self._layer_ops(), self.sizes.rows, layered=True)
+        self._know_stream(low, layer.source)
+        attention.finish(low, layer.attention)
+        low.words(layer.output, self.dense, self.stream)
+        return low.b.finish()
+
+    def _head(self) -> Section:
+        ops = {op.out: (-2 - i, op) for i, op in enumerate(self.model.head)}
+        low = self._lowering("head", ops, self.sizes.rows, layered=False)
+        self._know_stream(low, self.model.layers[-1].output)
+        layout = layouts.dense(low.width_of(self.model.output), self.chip)
+        low.words(self.model.output, layout, self.ports.logits(layout))
+        return low.b.finish()
+
+    # -- the plan -------------------------------------------------------------------------------
+
+    def _plan(self, sections: list[Section]) -> tuple[Run | Loop, ...]:
+        g, rows = self.geometry, self.sizes.rows
+        tile_words = g.lanes // self.chip.install_streams
+        weights, context = self.memory.stride("weights"), self.memory.stride("context")
+        layer_rows = (("layer", rows),)
+        strides: dict[int, tuple[tuple[str, int], ...]] = {
+            LAYER_BASE: (("layer", weights),),
+            KEY_BASE: (
+                ("layer", context),
+                ("sequence", g.groups * tile_words),
+                ("group", tile_words),
+            ),
+            SCALE_BASE: (("layer", context), ("sequence", g.groups), ("group", 1)),
+            PLACE_BASE: (("group", 1),),
+            ROW_BASE: (("sequence", g.rows),),
+            FIRST_BASE: layer_rows,
+        }
+        in_loop = {**strides, FIRST_BASE: (*layer_rows, ("sequence", g.rows))}
+        embed_run = Run(0)
+        before, after = (Run(i, _bases(sections[i], strides)) for i in (1, 3))
+        attend = Run(2, _bases(sections[2], in_loop))
+        groups = Loop("group", "groups", (attend,), by="sequence")
+        layer = (before, Loop("sequence", self.sizes.sequences, (groups,)), after)
+        return (embed_run, Loop("layer", len(self.model.layers), layer), Run(4))
+
+    # -- contents -------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Make the bytes of every weight and constant, op by op."""
+        count = len(self.model.layers)
+        once = [fill for fill in self.store.fills if fill.place < 0]
+        layered = [fill for fill in self.store.fills if fill.place >= 0]
+        for i, op in enumerate(self.once):
+            mine = [fill for fill in once if fill.place == -1 - i]
+            if mine:
+                tensors = self._tensors(op)
+                for fill in mine:
+                    data = fill.build(tensors if fill.what != "weights" else tensors["weight"])
+                    for k, (s, word) in enumerate(zip(fill.slices, fill.words, strict=True)):
+                        self.memory.put(s, word, data[k], fill.what)
+        for number, layer in enumerate(self.model.layers):
+            self._tell("pack layers", number, count)
+            for i, op in enumerate((*layer.before, layer.attention, *layer.after)):
+                mine = [fill for fill in layered if fill.place == i]
+                if mine:
+                    tensors = self._tensors(op)
+                    for fill in mine:
+                        data = fill.build(tensors if fill.what != "weights" else tensors["weight"])
+                        for k, (s, word) in enumerate(zip(fill.slices, fill.words, strict=True)):
+                            self.memory.put_layer("weights", number, s, word, data[k], fill.what)
+
+    def _tensors(self, op: Op) -> dict[str, NDArray[Any]]:
+        """weight int8 [N, K] and scale [N] of an op's matrices, bias [N], gain."""
+        if op.kind == "rmsnorm":
+            gain = self.source.whole(op.params[0])
+            assert isinstance(gain, F32Tensor)
+            return {"gain": gain.value}
+        weights, biases = weights_and_biases(op) if op.kind == "linear" else ((0,), ())
+        tensors = [self.source.whole(op.params[i]) for i in weights]
+        found: dict[str, NDArray[Any]] = {}
+        rows = [tensor for tensor in tensors if isinstance(tensor, RowTensor)]
+        if len(rows) < len(tensors):
+            raise UnsupportedModel("the chip takes 8-bit weights with a scale per row so far")
+        found["weight"] = np.concatenate([tensor.q for tensor in rows])
+        found["scale"] = np.concatenate([tensor.scale for tensor in rows])
+        if biases:
+            values = [self.source.whole(op.params[i]) for i in biases]
+            found["bias"] = np.concatenate([v.value for v in values if isinstance(v, F32Tensor)])
+        return found
+
+    def _meta(self, table: EmbeddingTable, cache: Any) -> dict[str, Any]:
+        """What the host needs to know to drive the program."""
+        g = self.geometry
+        return {
+            "model": self.graph.name,
+            "rows": self.sizes.rows,
+            "sequences": self.sizes.sequences,
+            "context": self.sizes.context,
+            "layers": len(self.model.layers),
+            "vocabulary": table.vocabulary,
+            "windows": [layer.attention.integer("window", 0) for layer in self.model.layers],
+            "chunk": g.chunk,
+            "groups": g.groups,
+            "chunks_per_group": g.chunks_per_group,
+            "tiles_per_chunk": g.tiles_per_chunk,
+            "head_dim": g.head_dim,
+            "context_stride": self.memory.stride("context"),
+            "table": {
+                "rows_per_slice": table.rows_per_slice,
+                "slices": len(table.slices),
+                "vectors": table.vectors,
+            },
+            "rope": {
+                "turns": [f"{turn:016x}" for turn in self.graph.rope.turns],
+                "magnitude": float(self.graph.rope.magnitude).hex(),
+            },
+        }
+
+
+def _bases(
+    section: Section, strides: Mapping[int, tuple[tuple[str, int], ...]]
+) -> tuple[Base, ...]:
+    """The base registers that a section uses and that a run loads."""
+    used = {
+        (issue.queue, issue.args[2])
+        for issue in section.issues
+        if issue.op in ("read", "write", "scatter", "gather") and issue.args[2] in strides
+    }
+    return tuple(Base(s, reg, 0, strides[reg]) for s, reg in sorted(used))
+
+
+__all__ = ["SET_BASE", "Buffer", "Geometry", "Layer", "Sizes", "build_program"]

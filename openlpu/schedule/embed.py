@@ -1,0 +1,161 @@
+"""In: a table and token ids as addresses. Out: tasks that bring a token's row to the stream.
+
+The table lies in as many slices as it needs, whole rows in each. Every one of them reads at a base of
+its own; all but one are off and give zeros, so the row is the OR of what they read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.chip import EAST, WEST
+from openlpu.errors import DoesNotFit
+from openlpu.graph import Op
+from openlpu.schedule import layout as layouts
+from openlpu.schedule.deliver import Send, Visit, deliver
+from openlpu.schedule.expression import Expression, Leaf, Operand
+from openlpu.schedule.lower import WORD, Lowering
+from openlpu.schedule.memory import Buffer, Memory
+from openlpu.schedule.ports import Ports
+from openlpu.schedule.weights import Fill, WeightStore
+
+_BASE = 7
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingTable:
+    """rows_per_slice tokens lie in each of `slices`, `vectors` words a token from words[i] on; the
+    scales of tokens, a word of `lanes` tokens each, in scales."""
+
+    slices: tuple[int, ...]
+    words: tuple[int, ...]
+    rows_per_slice: int
+    vectors: int
+    scales: Buffer
+    vocabulary: int
+
+
+def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> EmbeddingTable:
+    """Reserve the table's memory, slices of both hemispheres by turns, inner ones first."""
+    chip = memory.chip
+    vocabulary, width = op.params[0].shape
+    layout = layouts.dense(width, chip)
+    vectors = len(layout)
+    order = [
+        side * chip.slices_per_hemisphere + i
+        for i in range(chip.slices_per_hemisphere)
+        for side in (0, 1)
+    ]
+    per = max(memory.room("weights", s) for s in order) // vectors
+    if per == 0:
+        raise DoesNotFit("the embedding table", vectors, 0, "words", ("a larger chip",))
+    count = -(-vocabulary // per)
+    if count > len(order):
+        have = per * len(order) * vectors * chip.lanes
+        raise DoesNotFit(
+            "the embedding table",
+            vocabulary * vectors * chip.lanes,
+            have,
+            "bytes",
+            ("a larger chip", "--precision w4"),
+        )
+    slices = tuple(order[:count])
+    words = []
+    for i, s in enumerate(slices):
+        tokens = min(per, vocabulary - i * per)
+        words.append(memory.fixed("weights", s, tokens * vectors))
+        first = i * per
+
+        def build(tensors: object, first: int = first, tokens: int = tokens) -> NDArray[np.uint8]:
+            assert isinstance(tensors, dict)
+            part = tensors["weight"][first : first + tokens][:, np.maximum(layout.reshape(-1), 0)]
+            part = np.where(layout.reshape(-1) >= 0, part, 0).astype(np.int8)
+            return np.ascontiguousarray(
+                part.reshape(1, tokens * vectors, chip.lanes).view(np.uint8)
+            )
+
+        store.fills.append(Fill(place, (s,), (words[-1],), build, "table"))
+    scale_words = -(-vocabulary // chip.lanes)
+    quad = memory.emptiest("weights", EAST, 1)[0]
+    quad_slices = tuple(range(quad, quad + WORD))
+    at = memory.aligned("weights", quad_slices, scale_words)
+
+    def build_scales(tensors: object) -> NDArray[np.uint8]:
+        assert isinstance(tensors, dict)
+        padded = np.zeros(scale_words * chip.lanes, "<f4")
+        padded[:vocabulary] = tensors["scale"]
+        planes = padded.view(np.uint8).reshape(scale_words, chip.lanes, 4)
+        return np.ascontiguousarray(planes.transpose(2, 0, 1))
+
+    store.fills.append(Fill(place, quad_slices, (at,) * WORD, build_scales, "table"))
+    scales = Buffer(quad_slices, (at,) * WORD, 1, 0, _BASE)
+    return EmbeddingTable(slices, tuple(words), per, vectors, scales, vocabulary)
+
+
+def embed(low: Lowering, op: Op, table: EmbeddingTable, ports: Ports, into: list[Buffer]) -> None:
+    """Rows of the table into the stream's buffers, one row after the other."""
+    chip = low.chip
+    pairs = len(table.slices) + WORD
+    per = chip.lanes // 2
+    address, lane = ports.embedding(-(-pairs // per))
+    low.b.tag(f"{op.out} embed")
+    rows = low.rows
+    for row in range(rows):
+        ready = _set_bases(low, table, [_row(a, row) for a in address], per)
+        e = Expression()
+        vectors: list[Operand] = []
+        for v in range(table.vectors):
+            total: Operand | None = None
+            for s, word in zip(table.slices, table.words, strict=True):
+                leaf = Leaf(Buffer((s,), (word + v,), 1, 0, _BASE, ready))
+                total = leaf if total is None else e.op("or", total, leaf)
+            assert total is not None
+            vectors.append(total)
+        mine = e.op("and", Leaf(replace(table.scales, ready=ready)), Leaf(_row(lane, row)))
+        pair = [low.memory.scratch(WORD, 1, hemisphere=side, outer=True) for side in (WEST, EAST)]
+        e.write(mine, *pair)
+        held = [low.memory.scratch(WORD, 1, hemisphere=None, outer=False) for _ in vectors]
+        for value, buffer in zip(vectors, held, strict=True):
+            e.write(e.op("itof", value), buffer)
+        written = low.b.evaluate(e, 1)
+        low.rows = 1
+        scale = low.over_lanes(written[pair[0]], written[pair[1]], "max")
+        low.rows = rows
+        e = Expression()
+        for buffer, out in zip(held, into, strict=True):
+            e.write(e.op("fmul", Leaf(written[buffer]), Leaf(scale)), _row(out, row))
+        low.b.evaluate(e, 1)
+
+
+def _row(buffer: Buffer, row: int) -> Buffer:
+    """One row of a lasting buffer."""
+    words = tuple(word + row * buffer.step for word in buffer.words)
+    return replace(buffer, words=words, count=1, step=0)
+
+
+def _set_bases(low: Lowering, table: EmbeddingTable, address: list[Buffer], per: int) -> int:
+    """Load the base of every slice of the table, when all earlier reads are over; the cycle from
+    which the bases hold."""
+    chip = low.chip
+    earliest, done = low.b.end, 0
+    limit = table.rows_per_slice * table.vectors
+    entries = [(s, word, limit) for s, word in zip(table.slices, table.words, strict=True)]
+    entries += [
+        (s, word, chip.words)
+        for s, word in zip(table.scales.slices, table.scales.words, strict=True)
+    ]
+    for side in (0, 1):
+        for number, buffer in enumerate(address):
+            visits = []
+            for i, (s, word, most) in enumerate(entries):
+                if i // per == number and int(s >= chip.slices_per_hemisphere) == side:
+                    bank = chip.words_per_bank
+                    top = min(most, bank - 1 - (word + table.vectors - 1) % bank)
+                    visits.append(Visit(s, "setbase", base=_BASE, lane=i % per * 2, limit=top))
+            if visits:
+                begin = deliver(low.b, [Send(0, buffer, visits)], 1, 1, earliest=earliest)
+                done = max(done, begin + chip.positions + chip.latency.base_load)
+    return done

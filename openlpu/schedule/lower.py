@@ -1,0 +1,617 @@
+"""In: plain ops and the layouts that their readers want. Out: tasks of a section, op by op.
+
+Values are pulled: whoever needs a value in a layout asks for it, and what makes it follows. Row-wise
+values are words [vectors] of rows; quantized ones bytes in both hemispheres, with a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.chip import EAST, WEST, Chip
+from openlpu.errors import UnsupportedModel
+from openlpu.graph import Op
+from openlpu.graph.ops import weights_and_biases
+from openlpu.numerics import SUPERLANE
+from openlpu.numerics.functions import EXP2_COEFFICIENTS, EXP2_LIMIT, LOG2E, NORM_LEVELS
+from openlpu.numerics.quant import R127, TINY
+from openlpu.schedule import layout as layouts
+from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand
+from openlpu.schedule.layout import Layout
+from openlpu.schedule.matrix import Tile, accumulators, act, install, load
+from openlpu.schedule.memory import Buffer, Memory
+from openlpu.schedule.reduce import reduce_lanes
+from openlpu.schedule.section import SectionBuilder
+from openlpu.schedule.weights import Fill, WeightStore
+
+WORD, BYTE = 4, 1
+LAYER_BASE = 1
+_ABS, _INF, _NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
+Tensors = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """int8 rows: bytes per vector in each hemisphere, one scale a row in every lane."""
+
+    sides: tuple[tuple[Buffer, ...], tuple[Buffer, ...]]
+    scale: Buffer
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """What a norm knows of each vector: its largest magnitude and the reciprocal root, as words."""
+
+    amax: list[Buffer]
+    inverse: list[Buffer]
+
+
+class Constants:
+    """Words and bytes that are the same for all rows, each kept once."""
+
+    def __init__(self, memory: Memory, store: WeightStore) -> None:
+        self.memory = memory
+        self._store = store
+        self._known: dict[tuple[object, ...], Buffer] = {}
+        self._turn = 0
+
+    def lanes(self, values: NDArray[np.int32], width: int = WORD) -> Buffer:
+        """The low `width` bytes of int32 [lanes]."""
+        key = (values.tobytes(), width)
+        if key not in self._known:
+            planes = np.ascontiguousarray(values.astype("<i4")).view(np.uint8).reshape(-1, 4)
+            buffer = self._place(width, 1, layered=False)
+            for b, (s, word) in enumerate(zip(buffer.slices, buffer.words, strict=True)):
+                self.memory.put(s, word, np.ascontiguousarray(planes[None, :, b]), "constants")
+            self._known[key] = buffer
+        return self._known[key]
+
+    def of_op(
+        self, place: int, name: str, layout: Layout, *, layered: bool, key: object = None
+    ) -> Buffer:
+        """float32 `name` of an op's tensors in the lanes of a layout [lanes], 0 where it is empty."""
+        where = (place, name, layout.tobytes(), layered)
+        if where not in self._known:
+            buffer = self._place(WORD, 1, layered=layered)
+
+            def build(tensors: object) -> NDArray[np.uint8]:
+                assert isinstance(tensors, dict)
+                table = layouts.lane_table(layout, tensors[name].astype("<f4"))
+                planes = np.ascontiguousarray(table).view(np.uint8).reshape(-1, 4)
+                return np.ascontiguousarray(planes.T[:, None, :])
+
+            self._store.fills.append(Fill(place, buffer.slices, buffer.words, build, "constants"))
+            self._known[where] = buffer
+        return self._known[where]
+
+    def _place(self, width: int, words: int, *, layered: bool) -> Buffer:
+        self._turn += 1
+        side = self._turn % 2
+        quad = self.memory.emptiest("weights", side, 1)[0]
+        first = quad + (self._turn // 2 % (4 // width)) * width if width < 4 else quad
+        slices = tuple(range(first, first + width))
+        take = self.memory.layered if layered else self.memory.fixed
+        at = tuple(take("weights", s, words) for s in slices)
+        return Buffer(slices, at, words, 0, LAYER_BASE if layered else 0)
+
+
+class Lowering:
+    """Lowers the ops of one section."""
+
+    def __init__(
+        self,
+        builder: SectionBuilder,
+        constants: Constants,
+        store: WeightStore,
+        ops: Mapping[str, tuple[int, Op]],
+        rows: int,
+        *,
+        layered: bool,
+    ) -> None:
+        """ops: by the value each makes, with its place (see Fill)."""
+        self.b = builder
+        self.chip: Chip = builder.chip
+        self.memory: Memory = builder.memory
+        self.constants = constants
+        self.store = store
+        self.ops = ops
+        self.rows = rows
+        self.layered = layered
+        self._words: dict[tuple[str, bytes], Buffer] = {}
+        self._norms: dict[tuple[str, bytes], Norm] = {}
+        self._quantized: dict[str, Quantized] = {}
+        self._products: dict[tuple[str, bytes], list[list[Accumulator]]] = {}
+        self._plane = 0
+        self.outside: dict[str, tuple[int, Layout]] = {}  # width and layout of values from before
+        self.rope: Callable[[Layout, int], tuple[Buffer, Buffer]] | None = None
+
+    # -- buffers --------------------------------------------------------------------------------
+
+    def scratch(self, width: int = WORD, *, side: int | None = None, outer: bool = False) -> Buffer:
+        return self.memory.scratch(width, self.rows, hemisphere=side, outer=outer)
+
+    def both_sides(self, width: int = WORD) -> tuple[Buffer, Buffer]:
+        """Buffers near the edge of both hemispheres."""
+        return self.scratch(width, side=WEST, outer=True), self.scratch(
+            width, side=EAST, outer=True
+        )
+
+    def evaluate(self, expression: Expression, *buffers: Buffer) -> list[Buffer]:
+        """Place an expression; the buffers, with their times."""
+        written = self.b.evaluate(expression, self.rows)
+        return [written[buffer] for buffer in buffers]
+
+    def know(self, value: str, layout: Layout, buffers: list[Buffer]) -> None:
+        """A value that lies in memory."""
+        for row, buffer in zip(layout, buffers, strict=True):
+            self._words[value, row.tobytes()] = buffer
+
+    # -- words ----------------------------------------------------------------------------------
+
+    def words(self, value: str, layout: Layout, into: list[Buffer] | None = None) -> list[Buffer]:
+        """A value as words in memory, one buffer a vector; into: where, if that matters."""
+        if into is None and all((value, row.tobytes()) in self._words for row in layout):
+            return [self._words[value, row.tobytes()] for row in layout]
+        found: list[Buffer] = []
+        at_once = max(1, self.chip.accumulators // 2 // self.rows) * self.chip.planes
+        for first in range(0, len(layout), at_once):
+            block = layout[first : first + at_once]
+            self._prepare(value, block)
+            for v in range(len(block)):
+                expression = Expression()
+                buffer = self.scratch() if into is None else into[first + v]
+                expression.write(self._operand(expression, value, block, v), buffer)
+                found += self.evaluate(expression, buffer)
+        self.know(value, layout, found)
+        return found
+
+    def _op(self, value: str) -> tuple[int, Op]:
+        if value not in self.ops:
+            raise UnsupportedModel(f"%{value} is used across an attention; the chip cannot keep it")
+        return self.ops[value]
+
+    def _prepare(self, value: str, layout: Layout) -> None:
+        """Everything a value's expression reads: products, norms, values of other layouts."""
+        if all((value, row.tobytes()) in self._words for row in layout):
+            return
+        place, op = self._op(value)
+        match op.kind:
+            case "linear":
+                self.products(op, place, layout)
+            case "add" | "swiglu":
+                for source in op.src:
+                    self._prepare(source, layout)
+            case "slice":
+                self._prepare(op.src[0], layouts.shifted(layout, op.integer("start")))
+            case "rope":
+                dim = self._head_dim(op, layout)
+                self._prepare(op.src[0], layout)
+                self._prepare(op.src[0], layouts.other_halves(layout, dim))
+            case "rmsnorm":
+                self.norm(op, layout)
+            case _:
+                raise UnsupportedModel(f"the chip cannot compute {op.kind} %{value} here")
+
+    def _operand(self, e: Expression, value: str, layout: Layout, v: int) -> Operand:
+        """Vector v of a value as part of an expression; `_prepare` came before."""
+        known = self._words.get((value, layout[v].tobytes()))
+        if known is not None:
+            return Leaf(known)
+        place, op = self._op(value)
+        self.b.tag(f"{op.out} {op.kind}")
+        match op.kind:
+            case "linear":
+                return self._dequantized(e, op, place, layout, v)
+            case "add":
+                a, b = (self._operand(e, source, layout, v) for source in op.src)
+                return e.op("fadd", a, b)
+            case "swiglu":
+                gate, up = (self._operand(e, source, layout, v) for source in op.src)
+                return e.op("fmul", silu(e, gate), up)
+            case "slice":
+                return self._operand(e, op.src[0], layouts.shifted(layout, op.integer("start")), v)
+            case "rope":
+                dim = self._head_dim(op, layout)
+                turned = layouts.other_halves(layout, dim)
+                own = self._operand(e, op.src[0], layout, v)
+                other = self._operand(e, op.src[0], turned, v)
+                assert self.rope is not None
+                cosine, sine = self.rope(layout[v], dim)
+                a = e.op("fmul", own, Leaf(cosine))
+                return e.op("fadd", a, e.op("fmul", other, Leaf(sine)))
+            case "rmsnorm":
+                norm = self.norm(op, layout)
+                source = Leaf(self.words(op.src[0], layout)[v])
+                y = e.op("fmul", source, Leaf(norm.inverse[v]))
+                if op.params:
+                    width = op.params[0].shape[0]
+                    gain = np.where(layout[v] >= 0, layout[v] % width, -1).astype(np.int32)
+                    y = e.op("fmul", y, Leaf(self._constant(place, "gain", gain)))
+                return y
+        raise AssertionError(op.kind)
+
+    def _head_dim(self, op: Op, layout: Layout) -> int:
+        return self.width_of(op.src[0]) // op.integer("heads")
+
+    def width_of(self, value: str) -> int:
+        if value in self.outside:
+            return self.outside[value][0]
+        _, op = self._op(value)
+        if op.kind == "linear":
+            weights, _ = weights_and_biases(op)
+            return sum(op.params[i].shape[0] for i in weights)
+        if op.kind == "slice":
+            return op.integer("width")
+        return self.width_of(op.src[0])
+
+    def _constant(self, place: int, name: str, layout: Layout) -> Buffer:
+        return self.constants.of_op(place, name, layout, layered=self.layered)
+
+    # -- products -------------------------------------------------------------------------------
+
+    def products(self, op: Op, place: int, layout: Layout) -> list[list[Accumulator]]:
+        """The integer products of a linear, per output vector; several are to be added up."""
+        key = (op.out, layout.tobytes())
+        if key in self._products:
+            return self._products[key]
+        x = self.quantized(op.src[0])
+        self.b.tag(f"{op.out} linear")
+        jobs: list[list[tuple[Tile, ...]]] = [[] for _ in range(self.chip.planes)]
+        work: list[list[tuple[int, int, int]]] = [[] for _ in range(self.chip.planes)]
+        num_inputs, num_outputs = len(x.layout), len(layout)
+        by_rows = self._rows_are_fewer(x.layout, layout)
+        split = 1 if by_rows is False else max(1, min(num_inputs, self.chip.planes // num_outputs))
+        found: list[list[Accumulator]] = []
+        firsts: dict[tuple[int, int], Accumulator] = {}
+        for v, outputs in enumerate(layout):
+            for part in range(split):
+                ks = range(num_inputs)[part::split]
+                plane = self._next_plane(place, outputs, by_rows)
+                side = int(plane >= self.chip.planes_per_hemisphere)
+                for k in ks:
+                    if by_rows:
+                        tiles = [
+                            self.store.by_rows(
+                                place, x.layout[k], outputs, side, layered=self.layered
+                            )
+                        ]
+                    else:
+                        tiles = self.store.by_columns(
+                            place, k, x.layout[k], outputs, side, layered=self.layered
+                        )
+                    jobs[plane].append(tuple(tiles))
+                    work[plane].append((v, k, part))
+        self._run_tiles(jobs, work, x, firsts)
+        for v in range(num_outputs):
+            found.append([firsts[v, part] for part in range(split) if (v, part) in firsts])
+        self._products[key] = found
+        return found
+
+    def _run_tiles(
+        self,
+        jobs: list[list[tuple[Tile, ...]]],
+        work: list[list[tuple[int, int, int]]],
+        x: Quantized,
+        sums: dict[tuple[int, int], Accumulator],
+    ) -> None:
+        """Load each plane's tiles in order, the next one while the last one multiplies."""
+        for turn in range(max(len(tiles) for tiles in jobs) + 1):
+            for plane, tiles in enumerate(jobs):
+                if turn < len(tiles):
+                    for tile in tiles[turn]:
+                        load(self.b, plane, tile)
+                if 0 < turn <= len(tiles):
+                    v, k, part = work[plane][turn - 1]
+                    side = int(plane >= self.chip.planes_per_hemisphere)
+                    add = (v, part) in sums
+                    into = sums[v, part] if add else accumulators(self.b, plane, self.rows)
+                    sums[v, part] = act(self.b, into, x.sides[side][k], self.rows, add=add)
+                if turn < len(tiles):
+                    install(self.b, plane)
+
+    def _rows_are_fewer(self, inputs: Layout, outputs: Layout) -> bool:
+        """Whether storing by rows takes fewer words, columns being shared with other layouts."""
+        rows = len(outputs) * self._groups(inputs)
+        columns = len(inputs) * self._groups(outputs)
+        return rows < columns - self._groups(outputs)
+
+    def _groups(self, layout: Layout) -> int:
+        width = self.chip.install_streams
+        return int((layout.reshape(len(layout), -1, width) >= 0).any(axis=2).sum())
+
+    def _next_plane(self, place: int, outputs: Layout, by_rows: bool) -> int:
+        """Planes in turn, west and east by turns; where columns lie already, their hemisphere."""
+        side = None if by_rows else self.store.side_of(place, outputs)
+        half = self.chip.planes_per_hemisphere
+        turn = self._plane
+        self._plane += 1
+        if side is None:
+            return (turn % 2) * half + (turn // 2) % half
+        return side * half + turn % half
+
+    def _dequantized(self, e: Expression, op: Op, place: int, layout: Layout, v: int) -> Node:
+        sums = self.products(op, place, layout)[v]
+        scale = self.quantized(op.src[0]).scale
+        total: Operand = Leaf(sums[0])
+        for more in sums[1:]:
+            total = e.op("add", total, Leaf(more))
+        weight_scale = Leaf(self._constant(place, "scale", layout[v]))
+        y = e.op("fmul", e.op("itof", total), e.op("fmul", Leaf(scale), weight_scale))
+        if len(op.params) > op.integer("weights", 1):
+            y = e.op("fadd", y, Leaf(self._constant(place, "bias", layout[v])))
+        return y
+
+    # -- rows to int8 ---------------------------------------------------------------------------
+
+    def quantized(self, value: str) -> Quantized:
+        """A q8 value, ready for the planes."""
+        if value not in self._quantized:
+            _, op = self._op(value)
+            if op.kind != "quant" or op.integer("group", 0):
+                raise UnsupportedModel(f"the chip cannot compute {op.kind} %{value} in groups yet")
+            self._quantized[value] = self._quantize(op)
+        return self._quantized[value]
+
+    def _quantize(self, op: Op) -> Quantized:
+        source = op.src[0]
+        width = self.width_of(source)
+        hadamard = op.integer("hadamard", 0)
+        layout = layouts.hadamard(width, self.chip) if hadamard else self.layout_of(source, width)
+        words = self.words(source, layout)
+        self.b.tag(f"{op.out} quant")
+        if hadamard:
+            words, amax = self._hadamard(words)
+        else:
+            amax = self._short_amax(source, layout) or self.largest(words)
+        e = Expression()
+        west, east = [], []
+        limited, step = quantization_step(e, Leaf(amax))
+        for word in words:
+            pair = self.both_sides(BYTE)
+            e.write(e.op("ftoi", e.op("fmul", Leaf(word), step)), *pair)
+            west.append(pair[0])
+            east.append(pair[1])
+        scale = self.scratch()
+        e.write(quantization_scale(e, limited), scale)
+        done = self.evaluate(e, *west, *east, scale)
+        n = len(words)
+        return Quantized((tuple(done[:n]), tuple(done[n : 2 * n])), done[-1], layout)
+
+    def layout_of(self, value: str, width: int) -> Layout:
+        """The layout in which a row is quantized."""
+        if value in self.outside:
+            return self.outside[value][1]
+        return layouts.dense(width, self.chip)
+
+    def _short_amax(self, value: str, layout: Layout) -> Buffer | None:
+        """The largest magnitude behind a norm of whole rows without gain: fl(amax * inverse),
+        since rounding keeps the order."""
+        if value not in self.ops:
+            return None
+        _, op = self._op(value)
+        if op.kind != "rmsnorm" or op.params or op.integer("heads", 1) != 1:
+            return None
+        norm = self.norm(op, layout)
+        e = Expression()
+        out = self.scratch()
+        e.write(e.op("fmul", Leaf(norm.amax[0]), Leaf(norm.inverse[0])), out)
+        return self.evaluate(e, out)[0]
+
+    def largest(self, words: list[Buffer], mask: Buffer | None = None) -> Buffer:
+        """The bits of the largest magnitude over all lanes of all vectors, in every lane."""
+        e = Expression()
+        top: Operand | None = None
+        for word in words:
+            size = e.op("and", Leaf(word), _ABS)
+            top = size if top is None else e.op("max", top, size)
+        assert top is not None
+        if mask is not None:
+            top = e.op("and", top, Leaf(mask))
+        pair = self.both_sides()
+        e.write(top, *pair)
+        west, east = self.evaluate(e, *pair)
+        return self.over_lanes(west, east, "max")
+
+    def over_lanes(self, west: Buffer, east: Buffer, op: str) -> Buffer:
+        """The maximum over all lanes, in every lane."""
+        out = self.scratch()
+        return reduce_lanes(self.b, west, east, op, self.chip.lanes, self.rows, (out,))[0]
+
+    def _hadamard(self, words: list[Buffer]) -> tuple[list[Buffer], Buffer]:
+        """Transformed blocks (the 16 vectors of a block lie in one lane), and their largest."""
+        tops, done = [], []
+        for j in range(0, len(words), SUPERLANE):
+            e = Expression()
+            x: list[Operand] = [Leaf(word) for word in words[j : j + SUPERLANE]]
+            for stride in (1, 2, 4, 8):
+                y: list[Operand] = list(x)
+                for i in range(SUPERLANE):
+                    if not i & stride:
+                        y[i] = e.op("fadd", x[i], x[i + stride])
+                        y[i + stride] = e.op("fsub", x[i], x[i + stride])
+                x = y
+            scaled = [e.op("fmul", value, 0.25) for value in x]
+            outs = [self.scratch() for _ in scaled]
+            top: list[Node] = [e.op("and", value, _ABS) for value in scaled]
+            while len(top) > 1:
+                top = [e.op("max", a, b) for a, b in zip(top[::2], top[1::2], strict=True)]
+            for value, out in zip(scaled, outs, strict=True):
+                e.write(value, out)
+            pair = self.both_sides()
+            e.write(top[0], *pair)
+            written = self.evaluate(e, *outs, *pair)
+            done += written[:-2]
+            tops.append(written[-2:])
+        if len(tops) == 1:
+            west, east = tops[0]
+            return done, self.over_lanes(west, east, "max")
+        e = Expression()
+        all_top: Operand = Leaf(tops[0][0])
+        for pair_of in tops[1:]:
+            all_top = e.op("max", all_top, Leaf(pair_of[0]))
+        pair = self.both_sides()
+        e.write(all_top, *pair)
+        west, east = self.evaluate(e, *pair)
+        return done, self.over_lanes(west, east, "max")
+
+    # -- norms ----------------------------------------------------------------------------------
+
+    def norm(self, op: Op, layout: Layout) -> Norm:
+        """The norm of whole rows, or of each head's lanes."""
+        heads = op.integer("heads", 1)
+        width = self.width_of(op.src[0]) // heads
+        owner = np.where(layout >= 0, layout // width, -1).astype(np.int32)
+        key = (op.out, owner.tobytes())
+        if key in self._norms:
+            return self._norms[key]
+        words = self.words(op.src[0], layout)
+        self.b.tag(f"{op.out} rmsnorm")
+        eps = op.number("eps")
+        if heads == 1:
+            amax, inverse = self._inverse(words, width, eps, None)
+            norm = Norm([amax] * len(words), [inverse] * len(words))
+        else:
+            pairs = [self._of_heads(w, o, width, eps) for w, o in zip(words, owner, strict=True)]
+            norm = Norm([a for a, _ in pairs], [r for _, r in pairs])
+        self._norms[key] = norm
+        return norm
+
+    def _of_heads(
+        self, word: Buffer, owner: Layout, width: int, eps: float
+    ) -> tuple[Buffer, Buffer]:
+        """Each head of one vector alone; amax and inverse stand in the lanes of their head."""
+        found = []
+        for head in sorted(set(owner.tolist()) - {-1}):
+            mask = self.mask(owner == head)
+            found.append((mask, *self._inverse([word], width, eps, mask)))
+        e = Expression()
+        outs = []
+        for part in (1, 2):
+            value: Operand = Leaf(found[0][part])
+            for entry in found[1:]:
+                value = e.op("sel", Leaf(entry[0]), Leaf(entry[part]), value)
+            outs.append(self.scratch())
+            e.write(value, outs[-1])
+        amax, inverse = self.evaluate(e, *outs)
+        return amax, inverse
+
+    def mask(self, lanes: NDArray[np.bool_]) -> Buffer:
+        """-1 in some lanes, 0 in the others, as a byte."""
+        return self.constants.lanes(np.where(lanes, -1, 0).astype(np.int32), BYTE)
+
+    def _inverse(
+        self, words: list[Buffer], width: int, eps: float, mask: Buffer | None
+    ) -> tuple[Buffer, Buffer]:
+        """amax and 1 / sqrt(mean of squares + eps) over all vectors, in every lane."""
+        bits_of_amax = self.largest(words, mask)
+        e = Expression()
+        amax = poisoned(e, Leaf(bits_of_amax))
+        usable = e.op("fle", float(TINY), amax)
+        step = e.op("sel", usable, e.op("fdiv", float(NORM_LEVELS), amax), 0)
+        plane = self._next_plane(0, np.zeros(0, np.int32), True)
+        side = int(plane >= self.chip.planes_per_hemisphere)
+        limbs: list[Buffer] = []
+        for word in words:
+            value = e.op("ftoi", e.op("fmul", Leaf(word), step))
+            if mask is not None:
+                value = e.op("and", value, Leaf(mask))
+            high = e.op("shr", e.op("add", value, 128), 8)
+            low = e.op("sub", value, e.op("shl", high, 8))
+            for a, b in ((high, high), (high, low), (low, low)):
+                product = e.op("mul", a, b)
+                upper = e.op("shr", e.op("add", product, 128), 8)
+                for limb in (upper, product):
+                    limbs.append(self.scratch(BYTE, side=side, outer=True))
+                    e.write(limb, limbs[-1])
+        amax_out = self.scratch()
+        e.write(amax, amax_out)
+        *limbs, amax_word = self.evaluate(e, *limbs, amax_out)
+        sums = self.sum_lanes(plane, [limbs[i::6] for i in range(6)])
+        e = Expression()
+        parts = [
+            e.op("itof", e.op("add", e.op("shl", Leaf(sums[i]), 8), Leaf(sums[i + 1])))
+            for i in (0, 2, 4)
+        ]
+        total = e.op("fadd", e.op("fmul", parts[0], 65536.0), e.op("fmul", parts[1], 512.0))
+        mean = e.op("fdiv", e.op("fadd", total, parts[2]), float(width))
+        unit = e.op("fdiv", Leaf(amax_word), float(NORM_LEVELS))
+        square = e.op("fmul", mean, e.op("fmul", unit, unit))
+        root = e.op("fsqrt", e.op("fadd", square, float(np.float32(eps))))
+        inverse = self.scratch()
+        e.write(e.op("fdiv", 1.0, root), inverse)
+        return amax_word, self.evaluate(e, inverse)[0]
+
+    def sum_lanes(self, plane: int, values: list[list[Buffer]]) -> list[Accumulator]:
+        """For each list of byte vectors: their sum over lanes and vectors, in every lane."""
+        load(self.b, plane, self.ones(plane))
+        install(self.b, plane)
+        sums = []
+        for vectors in values:
+            into = accumulators(self.b, plane, self.rows)
+            for i, vector in enumerate(vectors):
+                into = act(self.b, into, vector, self.rows, add=i > 0)
+            sums.append(into)
+        return sums
+
+    def ones(self, plane: int) -> Tile:
+        """Weights of 1 everywhere."""
+        side = int(plane >= self.chip.planes_per_hemisphere)
+        return self._ones(side)
+
+    def _ones(self, side: int) -> Tile:
+        key = ("ones", side)
+        if key not in self.constants._known:
+            slices, words = self.store.allocate(side, 1, layered=False)
+            one = np.ones((1, self.chip.lanes), np.uint8)
+            for s, word in zip(slices, words, strict=True):
+                self.memory.put(s, word, one, "constants")
+            self.constants._known[key] = Buffer(slices, words, 1, 0)
+        buffer = self.constants._known[key]
+        count = self.chip.lanes // self.chip.install_streams
+        return Tile(buffer.slices, buffer.words, tuple((g, 0, 1) for g in range(count)), True)
+
+
+def poisoned(e: Expression, amax_bits: Operand) -> Node:
+    """A magnitude's bits as float32, NaN where the row holds an infinity or a NaN."""
+    return e.op("sel", e.op("le", _INF, amax_bits), _NAN, amax_bits)
+
+
+def quantization_step(e: Expression, amax_bits: Operand) -> tuple[Node, Node]:
+    """(amax, 127 / amax or 0): numerics section 2."""
+    amax = poisoned(e, amax_bits)
+    usable = e.op("fle", float(TINY), amax)
+    return amax, e.op("sel", usable, e.op("fdiv", 127.0, amax), 0)
+
+
+def quantization_scale(e: Expression, amax: Operand) -> Node:
+    return e.op("sel", e.op("flt", amax, float(TINY)), 0, e.op("fmul", amax, float(R127)))
+
+
+def exp2(e: Expression, t: Operand) -> Node:
+    """numerics section 4."""
+    low, high = -float(EXP2_LIMIT), float(EXP2_LIMIT)
+    t = e.op("sel", e.op("flt", low, t), t, low)
+    t = e.op("sel", e.op("flt", t, high), t, high)
+    n = e.op("frint", t)
+    f = e.op("fsub", t, n)
+    p: Operand = e.op("mov", bits_of(EXP2_COEFFICIENTS[-1]))
+    for c in (*(float(c) for c in EXP2_COEFFICIENTS[-2::-1]), 1.0):
+        p = e.op("fadd", e.op("fmul", p, f), c)
+    power = e.op("shl", e.op("add", e.op("ftoi", n), 127), 23)
+    return e.op("fmul", p, power)
+
+
+def bits_of(value: np.float32) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
+def silu(e: Expression, g: Operand) -> Node:
+    """g / (1 + 2^(-g log2 e)); the negation is exact."""
+    negative = e.op("xor", g, -(1 << 31))
+    below = e.op("fadd", exp2(e, e.op("fmul", negative, float(LOG2E))), 1.0)
+    return e.op("fdiv", g, below)

@@ -1,0 +1,255 @@
+"""In: what must lie in memory. Out: where: slice and word, by region and bank; the image of it.
+
+Each bank of each region is filled from both ends: from the bottom with what every layer has (at the
+same offset in each layer's part, so that one base register moves a section from layer to layer),
+from the top with what exists once. How far apart layers lie is known when all is placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.chip import Chip
+from openlpu.errors import DoesNotFit
+from openlpu.program import Segment
+
+QUAD = 4  # slices that hold the bytes of a 32-bit vector
+
+
+@dataclass(slots=True)
+class _Span:
+    """The part of a region inside one bank of one slice, and how far it is filled."""
+
+    first: int
+    words: int
+    layered: int = 0
+    fixed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Vectors in memory: byte b of element i lies in slices[b] at words[b] + i * step.
+
+    base: the base register to add (0: none). ready, period: element i can be read from cycle
+    ready + i * period of its section on."""
+
+    slices: tuple[int, ...]
+    words: tuple[int, ...]
+    count: int
+    step: int = 1
+    base: int = 0
+    ready: int = 0
+    period: int = 0
+
+    @property
+    def width(self) -> int:
+        return len(self.slices)
+
+
+class Memory:
+    """Places buffers and collects the image."""
+
+    def __init__(self, chip: Chip, *, layers: int, scratch_words: int) -> None:
+        self.chip = chip
+        self.layers = layers
+        self._spans: dict[tuple[str, int, int], _Span] = {}
+        for region in chip.regions:
+            for bank in range(chip.banks):
+                low = max(region.first_word, bank * chip.words_per_bank)
+                high = min(region.first_word + region.words, (bank + 1) * chip.words_per_bank)
+                for s in range(chip.slices):
+                    self._spans[region.name, s, bank] = _Span(low, max(0, high - low))
+        self._fixed: list[tuple[int, int, NDArray[np.uint8], str]] = []
+        self._layered: list[tuple[str, int, int, int, NDArray[np.uint8], str]] = []
+        self.used: list[tuple[str, int, int, int]] = []
+        self._scratch_words = scratch_words
+        self._scratch: dict[tuple[int, int], list[int]] = {}  # [first word, words used]
+        for s in range(chip.slices):
+            for bank in self._banks("state", s):
+                word = self.fixed("state", s, scratch_words, bank=bank)
+                self.used.append(("scratch", s, word, scratch_words))
+                self._scratch[s, bank] = [word, 0]
+        self._turn = 0
+
+    # -- lasting places -------------------------------------------------------------------------
+
+    def fixed(self, purpose: str, s: int, words: int, *, bank: int | None = None) -> int:
+        """First of `words` words of slice s that exist once."""
+        region = self.chip.region(purpose).name
+        banks = [bank] if bank is not None else list(range(self.chip.banks))
+        spans = [self._spans[region, s, b] for b in banks]
+        span = max(spans, key=self._room)
+        if self._room(span) < words:
+            raise self._full(purpose, words - self._room(span))
+        span.fixed += words
+        return span.first + span.words - span.fixed
+
+    def aligned(self, purpose: str, slices: Sequence[int], words: int) -> int:
+        """The same in several slices, at one word in all of them."""
+        region = self.chip.region(purpose).name
+        choices = [
+            [self._spans[region, s, bank] for s in slices]
+            for bank in self._banks(purpose, slices[0])
+        ]
+        spans = max(choices, key=lambda spans: min(self._room(span) for span in spans))
+        fixed = max(span.fixed for span in spans) + words
+        for span in spans:
+            span.fixed = fixed
+            if self._room(span) < 0:
+                raise self._full(purpose, -self._room(span))
+        return spans[0].first + spans[0].words - fixed
+
+    def layered(self, purpose: str, s: int, words: int) -> int:
+        """First of `words` words of slice s in layer 0."""
+        region = self.chip.region(purpose).name
+        spans = [self._spans[region, s, b] for b in range(self.chip.banks)]
+        span = max(spans, key=self._room)
+        if self._room(span) < words * self.layers:
+            raise self._full(purpose, words * self.layers - self._room(span))
+        span.layered += words
+        return span.first + span.layered - words
+
+    def _room(self, span: _Span) -> int:
+        return span.words - span.layered * self.layers - span.fixed
+
+    def room(self, purpose: str, s: int) -> int:
+        """Free words of a slice."""
+        region = self.chip.region(purpose).name
+        return max(self._room(self._spans[region, s, b]) for b in range(self.chip.banks))
+
+    def _banks(self, purpose: str, s: int) -> list[int]:
+        region = self.chip.region(purpose).name
+        return [b for b in range(self.chip.banks) if self._spans[region, s, b].words]
+
+    def _full(self, purpose: str, missing: int) -> DoesNotFit:
+        region = self.chip.region(purpose)
+        have = region.words * self.chip.slices * self.chip.lanes
+        return DoesNotFit(
+            f"{purpose} in region {region.name} of {self.chip.name}",
+            have + missing * self.chip.slices * self.chip.lanes,
+            have,
+            "bytes",
+            ("a shorter --context", "fewer --rows", "--precision w4", "a larger chip"),
+        )
+
+    def emptiest(self, purpose: str, hemisphere: int, count: int) -> list[int]:
+        """`count` quads of a hemisphere with the most room, in order of their number."""
+        per_side = self.chip.slices_per_hemisphere // QUAD
+        first = hemisphere * self.chip.slices_per_hemisphere
+        quads = [first + QUAD * q for q in range(per_side)]
+        rooms = {q: min(self.room(purpose, q + b) for b in range(QUAD)) for q in quads}
+        return sorted(sorted(quads, key=lambda q: (-rooms[q], q))[:count])
+
+    # -- contents -------------------------------------------------------------------------------
+
+    def put(self, s: int, word: int, data: NDArray[np.uint8], what: str) -> None:
+        """data [n, lanes] stands at `word` before the first step."""
+        self._fixed.append((s, word, data, what))
+
+    def put_layer(
+        self, purpose: str, layer: int, s: int, word: int, data: NDArray[np.uint8], what: str
+    ) -> None:
+        """The same, of one layer."""
+        self._layered.append((self.chip.region(purpose).name, layer, s, word, data, what))
+
+    def stride(self, purpose: str) -> int:
+        """Words from a layer's part to the next layer's, in every slice of the region. Known once
+        everything is placed; raises DoesNotFit if the most crowded bank overflows by it."""
+        region = self.chip.region(purpose).name
+        mine = [span for (name, _, _), span in self._spans.items() if name == region]
+        stride = max(span.layered for span in mine)
+        for span in mine:
+            if span.layered and stride * self.layers + span.fixed > span.words:
+                raise self._full(purpose, stride * self.layers + span.fixed - span.words)
+        return stride
+
+    def image(self) -> tuple[Segment, ...]:
+        """Everything that was put, neighbours joined."""
+        strides = {region.name: self.stride(region.holds[0]) for region in self.chip.regions}
+        parts = [(s, w, data, what) for s, w, data, what in self._fixed]
+        parts += [
+            (s, w + layer * strides[region], data, what)
+            for region, layer, s, w, data, what in self._layered
+        ]
+        parts.sort(key=lambda part: part[:2])
+        joined: list[tuple[int, int, list[NDArray[np.uint8]], str]] = []
+        for s, w, data, what in parts:
+            if joined:
+                last = joined[-1]
+                end = last[1] + sum(len(d) for d in last[2])
+                assert last[0] < s or end <= w, "two things in one place"
+                if last[0] == s and end == w and last[3] == what:
+                    last[2].append(data)
+                    continue
+            joined.append((s, w, [data], what))
+        return tuple(Segment(s, w, np.concatenate(d), what) for s, w, d, what in joined)
+
+    # -- places that live as long as a section --------------------------------------------------
+
+    def clear_scratch(self) -> None:
+        for entry in self._scratch.values():
+            entry[1] = 0
+
+    def scratch(self, width: int, count: int, *, hemisphere: int | None, outer: bool) -> Buffer:
+        """A buffer for `count` elements of `width` bytes: neighbouring slices of one quad, taken in
+        turn. outer: near SXM and MXM, else near the VXM."""
+        per_side = self.chip.slices_per_hemisphere // QUAD
+        half = max(1, per_side // 2)
+        choice = range(half, per_side) if outer and per_side > 1 else range(half)
+        sides = (0, 1) if hemisphere is None else (hemisphere,)
+        best: tuple[int, ...] | None = None
+        for k in range(len(choice) * len(sides) * (QUAD // width)):
+            turn = self._turn + k
+            side = sides[turn % len(sides)]
+            quad = choice[(turn // len(sides)) % len(choice)]
+            part = (turn // (len(sides) * len(choice))) % (QUAD // width)
+            first = side * self.chip.slices_per_hemisphere + quad * QUAD + part * width
+            slices = tuple(range(first, first + width))
+            if self._scratch_room(slices, count) is not None:
+                best = slices
+                self._turn = turn + 1
+                break
+        if best is None:
+            if outer or hemisphere is not None:
+                return self.scratch_anywhere(width, count, sides)
+            return self.scratch_anywhere(width, count, sides)
+        return self._take_scratch(best, count)
+
+    def scratch_anywhere(self, width: int, count: int, sides: Sequence[int]) -> Buffer:
+        """The same in whatever quad of the hemispheres has room left."""
+        for side in sides:
+            for offset in range(0, self.chip.slices_per_hemisphere - width + 1, width):
+                first = side * self.chip.slices_per_hemisphere + offset
+                slices = tuple(range(first, first + width))
+                if self._scratch_room(slices, count) is not None:
+                    return self._take_scratch(slices, count)
+        raise DoesNotFit(
+            f"scratch of a section on {self.chip.name}",
+            self._scratch_words + count,
+            self._scratch_words,
+            "words a bank",
+            ("fewer --rows",),
+        )
+
+    def _scratch_room(self, slices: Sequence[int], count: int) -> int | None:
+        """The bank in which every slice has room, the emptier one."""
+        fitting = []
+        for bank in self._banks("state", slices[0]):
+            fill = max(self._scratch[s, bank][1] for s in slices)
+            if fill + count <= self._scratch_words:
+                fitting.append((fill, bank))
+        return min(fitting)[1] if fitting else None
+
+    def _take_scratch(self, slices: tuple[int, ...], count: int) -> Buffer:
+        bank = self._scratch_room(slices, count)
+        assert bank is not None
+        words = []
+        for s in slices:
+            entry = self._scratch[s, bank]
+            words.append(entry[0] + entry[1])
+            entry[1] += count
+        return Buffer(slices, tuple(words), count)

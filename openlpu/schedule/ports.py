@@ -1,0 +1,134 @@
+"""In: what the host gives and takes each step. Out: its places in memory, and their description.
+
+A port's rows are the rows of a step, or those of every layer one after the other. What the host
+writes into each is said by the port's name; `openlpu.sim.drive` fills them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from openlpu.chip import Chip
+from openlpu.program import Port, Vector
+from openlpu.schedule.layout import Layout
+from openlpu.schedule.memory import Buffer, Memory
+
+WORD, HALF, BYTE = 4, 2, 1
+LAYER_ROWS_BASE = 6
+
+
+@dataclass
+class Ports:
+    """Lasting buffers of a program, and those among them that the host reaches."""
+
+    memory: Memory
+    rows: int
+    layers: int
+    windows: bool
+    units: int = 1  # tiles of a group of chunks
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        self._ports: dict[str, tuple[list[Buffer], Layout, str]] = {}
+
+    @property
+    def chip(self) -> Chip:
+        return self.memory.chip
+
+    def static(self, width: int, count: int, side: int | None) -> Buffer:
+        """A buffer that lives through all sections: `count` words in neighbouring slices."""
+        if side is None:
+            self.turn += 1
+            side = self.turn % 2
+        quad = self.memory.emptiest("state", side, 1)[0]
+        rooms = [self.memory.room("state", quad + b) for b in range(4)]
+        first = quad
+        if width < WORD:
+            first += max(range(0, WORD, width), key=lambda b: (min(rooms[b : b + width]), -b))
+        slices = tuple(range(first, first + width))
+        words = (self.memory.aligned("state", slices, count),) * width
+        for s, word in zip(slices, words, strict=True):
+            self.memory.used.append(("state", s, word, count))
+        return Buffer(slices, words, count)
+
+    def _port(
+        self, name: str, layout: Layout, width: int, count: int, direction: str
+    ) -> list[Buffer]:
+        if name not in self._ports:
+            buffers = [self.static(width, count, None) for _ in range(len(layout))]
+            self._ports[name] = (buffers, layout, direction)
+        return self._ports[name][0]
+
+    def _every_lane(self, vectors: int = 1) -> Layout:
+        return np.zeros((vectors, self.chip.lanes), np.int32)
+
+    def _each_lane(self, vectors: int = 1) -> Layout:
+        return np.arange(vectors * self.chip.lanes, dtype=np.int32).reshape(vectors, -1)
+
+    def position(self) -> Buffer:
+        """The absolute position of each row, in every lane: int32."""
+        return self._port("position", self._every_lane(), WORD, self.rows, "in")[0]
+
+    def first_visible(self) -> Buffer | None:
+        """The first position a row sees, per layer, in every lane; None if no layer has a window."""
+        if not self.windows:
+            return None
+        rows = self.rows * self.layers
+        return self._port("first_visible", self._every_lane(), WORD, rows, "in")[0]
+
+    def rope(self, row: Layout, dim: int) -> tuple[Buffer, Buffer]:
+        """Cosines and signed sines for the lanes of a vector of heads: float32."""
+        inside = np.where(row >= 0, row % dim, -1).astype(np.int32)[None]
+        key = f"{dim}.{abs(_hash_of(inside)):x}"
+        found = [
+            self._port(f"{part}.{key}", inside, WORD, self.rows, "in")[0] for part in ("cos", "sin")
+        ]
+        return found[0], found[1]
+
+    def key_address(self, unit: int) -> tuple[Buffer, int]:
+        """int16 offsets (-1: not here) for the slices of each unit's tiles; (vector, first lane)."""
+        width = self.chip.install_streams
+        per = self.chip.lanes // (2 * width)
+        return self._address("keys.address", unit // per, unit % per * 2 * width, per)
+
+    def scale_address(self, unit: int) -> tuple[Buffer, int]:
+        """int16 offsets of each unit's scales; (vector, lane)."""
+        per = self.chip.lanes // 2
+        return self._address("scales.address", unit // per, unit % per * 2, per)
+
+    def _address(self, name: str, vector: int, lane: int, per: int) -> tuple[Buffer, int]:
+        vectors = -(-self.units // per)
+        rows = self.rows * self.layers
+        buffers = self._port(name, self._each_lane(vectors), BYTE, rows, "in")
+        return replace(buffers[vector], base=LAYER_ROWS_BASE), lane
+
+    def lane_map(self) -> Buffer:
+        """int16: 0 in the lane of the row's position, -1 elsewhere."""
+        return self._port("lane", self._each_lane(), HALF, self.rows, "in")[0]
+
+    def embedding(self, vectors: int) -> tuple[list[Buffer], Buffer]:
+        """int16 offsets of a token's row in each slice of the table, as bytes; and a byte mask of
+        the lane that holds its scale."""
+        address = self._port("embed.address", self._each_lane(vectors), BYTE, self.rows, "in")
+        lane = self._port("embed.lane", self._each_lane(), BYTE, self.rows, "in")[0]
+        return address, lane
+
+    def logits(self, layout: Layout) -> list[Buffer]:
+        """float32 results."""
+        return self._port("logits", layout, WORD, self.rows, "out")
+
+    def described(self) -> tuple[Port, ...]:
+        """The ports as data."""
+        found = []
+        for name, (buffers, layout, direction) in sorted(self._ports.items()):
+            vectors = tuple(Vector(b.slices, b.words[0], 1) for b in buffers)
+            found.append(Port(name, direction, buffers[0].count, vectors, layout))
+        return tuple(found)
+
+
+def _hash_of(table: Layout) -> int:
+    """The same number for equal tables, on every machine."""
+    return int.from_bytes(hashlib.sha256(table.tobytes()).digest()[:6], "little")

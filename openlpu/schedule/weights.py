@@ -1,0 +1,142 @@
+"""In: layouts of a linear's input and output. Out: tiles: where its weights lie, and their bytes.
+
+A tile is stored by columns (a word is one output's weights over 16 or more inputs) or by rows (one
+input's weights over the outputs), whichever takes fewer words. Columns can be loaded in any order, so
+one copy serves several output layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openlpu.schedule.layout import Layout
+from openlpu.schedule.matrix import Tile
+from openlpu.schedule.memory import QUAD, Memory
+
+Bytes = NDArray[np.uint8]
+Matrix = NDArray[np.int8]
+_Stored = tuple[tuple[int, ...], tuple[int, ...], int]
+_BASE = 1  # the base register that moves from layer to layer
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """Contents of words, once an op's tensors are known: build(op's tensors) -> uint8 [slices, n,
+    lanes]. place: the op's index in its layer, or -1 - index among the ops that exist once."""
+
+    place: int
+    slices: tuple[int, ...]
+    words: tuple[int, ...]
+    build: Callable[[object], Bytes]
+    what: str
+
+
+class WeightStore:
+    """Decides where weights lie, and remembers how to make their bytes."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.fills: list[Fill] = []
+        # (place, input vector, hemisphere, features) -> where the group lies
+        self._known: dict[tuple[int, int, int, tuple[int, ...]], _Stored] = {}
+
+    def allocate(
+        self, hemisphere: int, words: int, *, layered: bool, purpose: str = "weights"
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """`words` words in each of as many slices as a plane loads at once."""
+        chip = self.memory.chip
+        quads = self.memory.emptiest(purpose, hemisphere, chip.install_streams // QUAD)
+        slices = tuple(q + b for q in quads for b in range(QUAD))
+        take = self.memory.layered if layered else self.memory.fixed
+        return slices, tuple(take(purpose, s, words) for s in slices)
+
+    def by_rows(
+        self, place: int, inputs: Layout, outputs: Layout, hemisphere: int, *, layered: bool
+    ) -> Tile:
+        """One input vector [lanes] times one output vector [lanes], stored by rows."""
+        width = self.memory.chip.install_streams
+        groups = [
+            g
+            for g in range(len(inputs) // width)
+            if (inputs[g * width : (g + 1) * width] >= 0).any()
+        ]
+        slices, words = self.allocate(hemisphere, len(groups), layered=layered)
+        rows = np.concatenate([inputs[g * width : (g + 1) * width] for g in groups])
+
+        def build(weight: object) -> Bytes:
+            assert isinstance(weight, np.ndarray)
+            part = weight.T[np.maximum(rows, 0)][:, np.maximum(outputs, 0)]
+            part = np.where((rows >= 0)[:, None] & (outputs >= 0)[None, :], part, 0)
+            return _striped(part.astype(np.int8), width)
+
+        self.fills.append(Fill(place, slices, words, build, "weights"))
+        return Tile(
+            slices, words, _ranges(groups, range(len(groups))), True, _BASE if layered else 0
+        )
+
+    def by_columns(
+        self, place: int, k: int, inputs: Layout, outputs: Layout, hemisphere: int, *, layered: bool
+    ) -> list[Tile]:
+        """Input vector number k times one output vector, stored by columns; groups that another
+        layout stored already are used again. One tile for each place that groups come from."""
+        width = self.memory.chip.install_streams
+        wanted: list[tuple[int, tuple[int, ...]]] = []
+        for g in range(len(outputs) // width):
+            part = tuple(int(f) for f in outputs[g * width : (g + 1) * width])
+            if max(part) >= 0:
+                wanted.append((g, part))
+        fresh = [part for _, part in wanted if (place, k, hemisphere, part) not in self._known]
+        fresh = list(dict.fromkeys(fresh))
+        if fresh:
+            slices, words = self.allocate(hemisphere, len(fresh), layered=layered)
+            columns = np.array([f for part in fresh for f in part])
+
+            def build(weight: object) -> Bytes:
+                assert isinstance(weight, np.ndarray)
+                part = weight[np.maximum(columns, 0)][:, np.maximum(inputs, 0)]
+                part = np.where((columns >= 0)[:, None] & (inputs >= 0)[None, :], part, 0)
+                return _striped(part.astype(np.int8), width)
+
+            self.fills.append(Fill(place, slices, words, build, "weights"))
+            for i, part in enumerate(fresh):
+                self._known[place, k, hemisphere, part] = (slices, words, i)
+        by_place: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+        for g, part in wanted:
+            slices, words, i = self._known[place, k, hemisphere, part]
+            by_place.setdefault((slices, words), []).append((g, i))
+        base = _BASE if layered else 0
+        return [
+            Tile(slices, words, _ranges([g for g, _ in pairs], [i for _, i in pairs]), False, base)
+            for (slices, words), pairs in by_place.items()
+        ]
+
+    def side_of(self, place: int, outputs: Layout) -> int | None:
+        """The hemisphere that stores the first columns of an output vector already."""
+        width = self.memory.chip.install_streams
+        for g in range(len(outputs) // width):
+            part = tuple(int(f) for f in outputs[g * width : (g + 1) * width])
+            for side in (0, 1):
+                if max(part) >= 0 and (place, 0, side, part) in self._known:
+                    return side
+        return None
+
+
+def _ranges(groups: Sequence[int], stored: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """(group of the plane, group in memory, how many) for runs in which both go up by one."""
+    found: list[list[int]] = []
+    for g, i in zip(groups, stored, strict=True):
+        if found and found[-1][0] + found[-1][2] == g and found[-1][1] + found[-1][2] == i:
+            found[-1][2] += 1
+        else:
+            found.append([g, i, 1])
+    return tuple((g, i, n) for g, i, n in found)
+
+
+def _striped(vectors: Matrix, width: int) -> Bytes:
+    """Vectors [groups * width, lanes] as [width slices, groups, lanes]."""
+    shaped = vectors.reshape(-1, width, vectors.shape[1])
+    return np.ascontiguousarray(shaped.transpose(1, 0, 2)).view(np.uint8)
