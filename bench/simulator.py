@@ -141,7 +141,7 @@ class Builder:
         queue = isa.units(chip).load + 3 * plane + 2
         self.issues.append(Issue(begin, queue, "out", (0, 1, stream), count))
         last = (hemisphere + 1) * chip.slices_per_hemisphere - 1
-        word = chip.words_per_bank // 2 + side * count
+        word = self._input_word(self.inputs) - (side + 1) * count
         slices = tuple(last - b for b in range(4))
         for b, s in enumerate(slices):
             way = abs(chip.mem_position(s) - chip.mxm_position(plane))
@@ -157,7 +157,7 @@ class Builder:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chip", default="tsp_v1")
-    parser.add_argument("--matrices", type=int, default=2)
+    parser.add_argument("--matrices", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--kernels", default=None)
     parser.add_argument("--repeat", type=int, default=5)

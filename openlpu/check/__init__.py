@@ -7,7 +7,7 @@ whatever memory holds. It is proved without running a value, from chip and isa a
 from __future__ import annotations
 
 from openlpu.check.fields import demand_fields
-from openlpu.check.form import Form
+from openlpu.check.form import Form, Reached
 from openlpu.check.memory import demand_bases, demand_memory
 from openlpu.check.streams import demand_flows, find_flows
 from openlpu.check.table import tabulate
@@ -28,11 +28,13 @@ def check(program: Program, chip: Chip) -> None:
     tables = [tabulate(program, chip, section) for section in program.sections]
     for table in tables:
         demand_fields(table)
-    for index in sorted({run.section for run in runs}):
+    reached: dict[int, list[Reached]] = {}
+    for run in runs:
+        reached.setdefault(run.section, []).append(run)
+    for index, its_runs in sorted(reached.items()):
         table = tables[index]
         demand_units(table)
         demand_flows(table, find_flows(table))
         needs = demand_memory(table)
-        for run in runs:
-            if run.section == index:
-                demand_bases(table, needs, run.bases)
+        for run in its_runs:
+            demand_bases(table, needs, run.bases)

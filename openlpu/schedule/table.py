@@ -11,9 +11,11 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
+
 from openlpu.chip import Chip
 
-_MARGIN_CYCLES = 4096  # beyond all reservations nothing but the task itself is in the way
 
 
 @lru_cache(maxsize=4096)
@@ -73,21 +75,24 @@ class Table:
     def __init__(self, chip: Chip) -> None:
         self._chip = chip
         self._busy: dict[Hashable, int] = {}
-        self._end = 0
-        self._why: object = None
+        self._load: dict[tuple[Hashable, ...], NDArray[np.int16]] = {}  # busy queues per cycle
         # [direction][stream][position]: bits in the moving frame
         self._streams = [[[0] * chip.positions for _ in range(chip.streams)] for _ in range(2)]
 
     def place(self, request: Request, earliest: int) -> int:
-        """Reserve the request at the first start >= earliest where it fits; the start."""
+        """Reserve the request at the first start >= earliest where it fits; the start.
+
+        Raises InItsOwnWayError if it would not fit even into an empty table."""
         start = max(earliest, _first_start(request))
-        length = max([at + bits.bit_length() for _, at, bits in request.fixed], default=0)
-        while start <= self._end + _MARGIN_CYCLES:
+        demand = _Demand.of(request)
+        if not Table(self._chip)._reserve(request, start):
+            raise InItsOwnWayError("a task is in its own way")
+        while True:
+            start = demand.first_start(self._load, start)
             if not self._blocked(request, start) and self._reserve(request, start):
-                self._end = max(self._end, start + length)
+                demand.add(self._load, start)
                 return start
             start += 1
-        raise InItsOwnWayError(f"a task is in its own way: {self._why}")
 
     def _blocked(self, request: Request, start: int) -> bool:
         """Whether a fixed resource is taken at this start."""
@@ -103,13 +108,13 @@ class Table:
         fine = True
         for slot in request.slots:
             if not self._take_slot(slot, start):
-                self._why, fine = slot, False
+                fine = False
                 break
             done_slots.append(slot)
         if fine:
             for flow in request.flows:
                 if not self._take_flow(flow, start):
-                    self._why, fine = flow, False
+                    fine = False
                     break
                 done_flows.append(flow)
         if fine and self._take_fixed(request, start):
@@ -126,8 +131,7 @@ class Table:
         for resource, at, bits in request.fixed:
             moved = bits << (start + at)
             old = self._busy.get(resource, 0)
-            if old & moved:
-                self._why = (resource, at)  # two of the request's own parts
+            if old & moved:  # two of the request's own parts
                 for other, mark in taken:
                     self._busy[other] ^= mark
                 return False
@@ -176,6 +180,53 @@ class Table:
         last = self._chip.positions - 1
         travelled = flow.end if flow.direction else last - flow.end
         return start + flow.arrives - travelled + last
+
+
+@dataclass(slots=True)
+class _Demand:
+    """How many queues of each pool a request needs per cycle, from cycle `first` on: a start where
+    too many are busy is passed over without a try."""
+
+    parts: list[tuple[tuple[Hashable, ...], int, NDArray[np.int16]]]
+
+    @staticmethod
+    def of(request: Request) -> _Demand:
+        by_pool: dict[tuple[Hashable, ...], list[Slot]] = {}
+        for slot in request.slots:
+            by_pool.setdefault(slot.pool, []).append(slot)
+        parts = []
+        for pool, slots in by_pool.items():
+            first = min(slot.at for slot in slots)
+            need = np.zeros(max(s.at + s.bits.bit_length() for s in slots) - first, np.int16)
+            for slot in slots:
+                digits = np.frombuffer(bin(slot.bits)[:1:-1].encode(), np.uint8) - ord("0")
+                need[slot.at - first : slot.at - first + len(digits)] += digits
+            parts.append((pool, first, need))
+        return _Demand(parts)
+
+    def first_start(self, load: dict[tuple[Hashable, ...], NDArray[np.int16]], start: int) -> int:
+        """The first start at or after `start` at which every pool has enough queues."""
+        while True:
+            for pool, first, need in self.parts:
+                busy = load.get(pool)
+                if busy is None or start + first >= len(busy):
+                    continue
+                window = busy[start + first : start + first + len(need)]
+                if (window + need[: len(window)] > len(pool)).any():
+                    start += 1
+                    break
+            else:
+                return start
+
+    def add(self, load: dict[tuple[Hashable, ...], NDArray[np.int16]], start: int) -> None:
+        """Count the request's queues as busy."""
+        for pool, first, need in self.parts:
+            busy = load.get(pool, np.zeros(1024, np.int16))
+            end = start + first + len(need)
+            if end > len(busy):
+                busy = np.concatenate([busy, np.zeros(end, np.int16)])
+            busy[start + first : end] += need
+            load[pool] = busy
 
 
 def _first_start(request: Request) -> int:
