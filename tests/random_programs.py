@@ -87,7 +87,7 @@ def _plan(
 
 
 def _bases(rng: random.Random, builder: SectionBuilder, most: dict[str, int]) -> tuple[Base, ...]:
-    """The bases that a section was built for; each reaches its highest at some turn of the loops."""
+    """The bases that a section was built for; each reaches its highest at some turn."""
     found = []
     for (place, reg), highest in sorted(builder.highest.items()):
         if reg not in LOADED + BOTH:

@@ -18,7 +18,7 @@ from openlpu.numerics.attention import DENOMINATOR_BITS, softmax_factor
 from openlpu.numerics.quant import R127, TINY
 from openlpu.schedule import layout as layouts
 from openlpu.schedule.deliver import Send, Visit, deliver
-from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand
+from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand, side_of
 from openlpu.schedule.lower import BYTE, WORD, Lowering, exp2, quantization_scale, quantization_step
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
 from openlpu.schedule.memory import QUAD, Buffer, Memory
@@ -129,7 +129,7 @@ def place_cache(g: Geometry, memory: Memory, side_of_plane: int) -> Cache:
     """Reserve the context's memory; the positions of lanes are constants."""
     chip = memory.chip
     width = chip.install_streams
-    words = g.sequences * g.groups * (g.lanes // width)
+    words = memory.layers * g.sequences * g.groups * (g.lanes // width)
     cache = Cache({}, {}, {}, {}, {}, {}, {})
     for u in range(g.units):
         side = int(u % g.planes >= side_of_plane)
@@ -138,14 +138,14 @@ def place_cache(g: Geometry, memory: Memory, side_of_plane: int) -> Cache:
         cache.slices[u] = slices
         for v in range(g.vectors):
             for kept in (cache.keys, cache.values):
-                kept[v, u] = tuple(memory.layered("context", s, words) for s in slices)
+                kept[v, u] = tuple(memory.fixed("context", s, words) for s in slices)
         quad = memory.emptiest("context", side, 1)[0]
         cache.scale_slices[u] = tuple(range(quad, quad + QUAD))
         for v in range(g.vectors):
             for h in range(g.heads_of(v)):
                 for kept_scales in (cache.key_scales, cache.value_scales):
                     kept_scales[v, h, u] = tuple(
-                        memory.layered("context", s, g.sequences * g.groups)
+                        memory.fixed("context", s, memory.layers * g.sequences * g.groups)
                         for s in cache.scale_slices[u]
                     )
         cache.places[u] = _places(g, memory, u, side)
@@ -320,13 +320,14 @@ class Attention:
         top = self._limit(low, tuple(word for words in kept for word in words), 0)
         bases = [Visit(s, "setbase", base=SET_BASE, lane=lane, limit=top) for s in slices]
         sends = [Send(0, address, bases)]
-        lane_map = self.ports.lane_map()
         at = 1
         hop = low.chip.slices_per_hop
         for scale, words in zip([*keys, *values], kept, strict=True):
             for b in range(0, WORD, 2):
                 pair = replace(scale, slices=scale.slices[b : b + 2], words=scale.words[b : b + 2])
                 assert slices[b] // hop == slices[b + 1] // hop
+                # from the other side than the scale: both are fetched at the same time
+                lane_map = self.ports.lane_map(1 - side_of(scale, low.chip))
                 sends.append(Send(at, lane_map, []))
                 visits = [
                     Visit(slices[b + i], "scatter", part=i, word=words[b + i], base=SET_BASE)

@@ -36,12 +36,12 @@ from openlpu.schedule.attention import (
     place_state,
 )
 from openlpu.schedule.embed import EmbeddingTable, embed, place_table
-from openlpu.schedule.lower import LAYER_BASE, Constants, Lowering
+from openlpu.schedule.lower import Constants, Lowering
 from openlpu.schedule.maps import Maps
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.normal import Layer, Parts, parts, plain
 from openlpu.schedule.ports import Ports
-from openlpu.schedule.section import SectionBuilder
+from openlpu.schedule.section import LAYER_BASE, UPPER_LAYER_BASE, SectionBuilder
 from openlpu.schedule.weights import WeightStore
 
 Progress = Callable[[str, int, int], None]
@@ -211,24 +211,23 @@ class _Build:
     def _plan(self, sections: list[Section]) -> tuple[Run | Loop, ...]:
         g, rows = self.geometry, self.sizes.rows
         tile_words = g.lanes // self.chip.install_streams
-        weights, context = self.memory.stride("weights"), self.memory.stride("context")
+        per_layer = g.sequences * g.groups
         layer_rows = (("layer", rows),)
         strides: dict[int, tuple[tuple[str, int], ...]] = {
-            LAYER_BASE: (("layer", weights),),
             KEY_BASE: (
-                ("layer", context),
+                ("layer", per_layer * tile_words),
                 ("sequence", g.groups * tile_words),
                 ("group", tile_words),
             ),
-            SCALE_BASE: (("layer", context), ("sequence", g.groups), ("group", 1)),
+            SCALE_BASE: (("layer", per_layer), ("sequence", g.groups), ("group", 1)),
             PLACE_BASE: (("group", 1),),
             ROW_BASE: (("sequence", g.rows),),
             FIRST_BASE: layer_rows,
         }
         in_loop = {**strides, FIRST_BASE: (*layer_rows, ("sequence", g.rows))}
         embed_run = Run(0)
-        before, after = (Run(i, _bases(sections[i], strides)) for i in (1, 3))
-        attend = Run(2, _bases(sections[2], in_loop))
+        before, after = (Run(i, self._bases(sections[i], strides)) for i in (1, 3))
+        attend = Run(2, self._bases(sections[2], in_loop))
         groups = Loop("group", "groups", (attend,), by="sequence")
         layer = (before, Loop("sequence", self.sizes.sequences, (groups,)), after)
         return (embed_run, Loop("layer", len(self.model.layers), layer), Run(4))
@@ -294,7 +293,6 @@ class _Build:
             "chunks_per_group": g.chunks_per_group,
             "tiles_per_chunk": g.tiles_per_chunk,
             "head_dim": g.head_dim,
-            "context_stride": self.memory.stride("context"),
             "table": {
                 "rows_per_slice": table.rows_per_slice,
                 "slices": len(table.slices),
@@ -306,17 +304,24 @@ class _Build:
             },
         }
 
-
-def _bases(
-    section: Section, strides: Mapping[int, tuple[tuple[str, int], ...]]
-) -> tuple[Base, ...]:
-    """The base registers that a section uses and that a run loads."""
-    used = {
-        (issue.queue, issue.args[2])
-        for issue in section.issues
-        if issue.op in ("read", "write", "scatter", "gather") and issue.args[2] in strides
-    }
-    return tuple(Base(s, reg, 0, strides[reg]) for s, reg in sorted(used))
+    def _bases(
+        self, section: Section, strides: Mapping[int, tuple[tuple[str, int], ...]]
+    ) -> tuple[Base, ...]:
+        """The base registers that a section uses and that a run loads."""
+        used = {
+            (issue.queue, issue.args[2])
+            for issue in section.issues
+            if issue.op in ("read", "write", "scatter", "gather")
+        }
+        found = []
+        for s, reg in sorted(used):
+            if reg in (LAYER_BASE, UPPER_LAYER_BASE):
+                bank = int(reg == UPPER_LAYER_BASE)
+                stride = self.memory.layer_stride("weights", s, bank)
+                found.append(Base(s, reg, 0, (("layer", stride),)))
+            elif reg in strides:
+                found.append(Base(s, reg, 0, strides[reg]))
+        return tuple(found)
 
 
 __all__ = ["SET_BASE", "Buffer", "Geometry", "Layer", "Sizes", "build_program"]

@@ -25,11 +25,10 @@ from openlpu.schedule.layout import Layout
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.reduce import reduce_lanes
-from openlpu.schedule.section import SectionBuilder
+from openlpu.schedule.section import LAYER_BASE, SectionBuilder
 from openlpu.schedule.weights import Fill, WeightStore
 
 WORD, BYTE = 4, 1
-LAYER_BASE = 1
 _ABS, _INF, _NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
 Tensors = Mapping[str, NDArray[np.generic]]
 

@@ -1,8 +1,8 @@
 """In: what must lie in memory. Out: where: slice and word, by region and bank; the image of it.
 
 Each bank of each region is filled from both ends: from the bottom with what every layer has (at the
-same offset in each layer's part, so that one base register moves a section from layer to layer),
-from the top with what exists once. How far apart layers lie is known when all is placed.
+same offset in each layer's part, so that a base register for each bank moves a section from layer to
+layer), from the top with what exists once. How far apart layers lie is known when all is placed.
 """
 
 from __future__ import annotations
@@ -121,6 +121,10 @@ class Memory:
         region = self.chip.region(purpose).name
         return max(self._room(self._spans[region, s, b]) for b in range(self.chip.banks))
 
+    def _total_room(self, purpose: str, s: int) -> int:
+        region = self.chip.region(purpose).name
+        return sum(self._room(self._spans[region, s, b]) for b in range(self.chip.banks))
+
     def _banks(self, purpose: str, s: int) -> list[int]:
         region = self.chip.region(purpose).name
         return [b for b in range(self.chip.banks) if self._spans[region, s, b].words]
@@ -141,7 +145,7 @@ class Memory:
         per_side = self.chip.slices_per_hemisphere // QUAD
         first = hemisphere * self.chip.slices_per_hemisphere
         quads = [first + QUAD * q for q in range(per_side)]
-        rooms = {q: min(self.room(purpose, q + b) for b in range(QUAD)) for q in quads}
+        rooms = {q: min(self._total_room(purpose, q + b) for b in range(QUAD)) for q in quads}
         return sorted(sorted(quads, key=lambda q: (-rooms[q], q))[:count])
 
     # -- contents -------------------------------------------------------------------------------
@@ -156,23 +160,15 @@ class Memory:
         """The same, of one layer."""
         self._layered.append((self.chip.region(purpose).name, layer, s, word, data, what))
 
-    def stride(self, purpose: str) -> int:
-        """Words from a layer's part to the next layer's, in every slice of the region. Known once
-        everything is placed; raises DoesNotFit if the most crowded bank overflows by it."""
-        region = self.chip.region(purpose).name
-        mine = [span for (name, _, _), span in self._spans.items() if name == region]
-        stride = max(span.layered for span in mine)
-        for span in mine:
-            if span.layered and stride * self.layers + span.fixed > span.words:
-                raise self._full(purpose, stride * self.layers + span.fixed - span.words)
-        return stride
+    def layer_stride(self, purpose: str, s: int, bank: int) -> int:
+        """Words from a layer's part to the next layer's in a bank, once everything is placed."""
+        return self._spans[self.chip.region(purpose).name, s, bank].layered
 
     def image(self) -> tuple[Segment, ...]:
         """Everything that was put, neighbours joined."""
-        strides = {region.name: self.stride(region.holds[0]) for region in self.chip.regions}
         parts = [(s, w, data, what) for s, w, data, what in self._fixed]
         parts += [
-            (s, w + layer * strides[region], data, what)
+            (s, w + layer * self._spans[region, s, w // self.chip.words_per_bank].layered, data, what)
             for region, layer, s, w, data, what in self._layered
         ]
         parts.sort(key=lambda part: part[:2])

@@ -55,10 +55,16 @@ class Ports:
         return Buffer(slices, words, count)
 
     def _port(
-        self, name: str, layout: Layout, width: int, count: int, direction: str
+        self,
+        name: str,
+        layout: Layout,
+        width: int,
+        count: int,
+        direction: str,
+        side: int | None = None,
     ) -> list[Buffer]:
         if name not in self._ports:
-            buffers = [self.static(width, count, None) for _ in range(len(layout))]
+            buffers = [self.static(width, count, side) for _ in range(len(layout))]
             self._ports[name] = (buffers, layout, direction)
         return self._ports[name][0]
 
@@ -105,9 +111,10 @@ class Ports:
         buffers = self._port(name, self._each_lane(vectors), BYTE, rows, "in")
         return replace(buffers[vector], base=LAYER_ROWS_BASE), lane
 
-    def lane_map(self) -> Buffer:
-        """int16: 0 in the lane of the row's position, -1 elsewhere."""
-        return self._port("lane", self._each_lane(), HALF, self.rows, "in")[0]
+    def lane_map(self, side: int) -> Buffer:
+        """int16: 0 in the lane of the row's position, -1 elsewhere; a copy in each hemisphere."""
+        name = f"lane.{'we'[side]}"
+        return self._port(name, self._each_lane(), HALF, self.rows, "in", side)[0]
 
     def embedding(self, vectors: int) -> tuple[list[Buffer], Buffer]:
         """int16 offsets of a token's row in each slice of the table, as bytes; and a byte mask of

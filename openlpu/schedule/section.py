@@ -23,6 +23,7 @@ from openlpu.schedule.maps import Maps
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.table import Flow, InItsOwnWayError, Request, Slot, Table, burst
 
+LAYER_BASE, UPPER_LAYER_BASE = 1, 8  # base registers that move from layer to layer, per bank
 _WORD = 4
 
 
@@ -238,6 +239,8 @@ class SectionBuilder:
         self, cycle: int, queue: int, op: str, args: tuple[int, ...], count: int, period: int
     ) -> None:
         period = period if count > 1 else 1
+        if op == "read" and args[2] == LAYER_BASE and args[0] >= self.chip.words_per_bank:
+            args = (*args[:2], UPPER_LAYER_BASE, *args[3:])
         self._issues.append(Issue(cycle, queue, op, args, count, period, self._tag))
         kind = isa.KINDS[op]
         last = cycle + (count - 1) * period + isa.latency(self.chip, kind)

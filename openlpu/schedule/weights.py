@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from openlpu.schedule.layout import Layout
 from openlpu.schedule.matrix import Tile
 from openlpu.schedule.memory import QUAD, Memory
+from openlpu.schedule.section import LAYER_BASE
 
 Bytes = NDArray[np.uint8]
 Matrix = NDArray[np.int8]
 _Stored = tuple[tuple[int, ...], tuple[int, ...], int]
-_BASE = 1  # the base register that moves from layer to layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class WeightStore:
 
         self.fills.append(Fill(place, slices, words, build, "weights"))
         return Tile(
-            slices, words, _ranges(groups, range(len(groups))), True, _BASE if layered else 0
+            slices, words, _ranges(groups, range(len(groups))), True, LAYER_BASE if layered else 0
         )
 
     def by_columns(
@@ -108,7 +108,7 @@ class WeightStore:
         for g, part in wanted:
             slices, words, i = self._known[place, k, hemisphere, part]
             by_place.setdefault((slices, words), []).append((g, i))
-        base = _BASE if layered else 0
+        base = LAYER_BASE if layered else 0
         return [
             Tile(slices, words, _ranges([g for g, _ in pairs], [i for _, i in pairs]), False, base)
             for (slices, words), pairs in by_place.items()

@@ -66,17 +66,16 @@ class Bases:
         """(slice, register) of the values that a run must load, in the order of their numbers."""
         return [(r // _REGISTERS, r % _REGISTERS) for r in self._loaded]
 
-    def ranges(self, planned: Extremes | None) -> tuple[I64, I64]:
+    def ranges(self, planned: Extremes) -> tuple[I64, I64]:
         """Lowest and highest value of every number: as set, or as the plan loads it where that
-        stays in the bank; None: the plan never runs the section. Raises MachineError for a
-        register that no run loads."""
+        stays in the bank. Raises MachineError for a register that no run loads."""
         low, high = [0, *(-1 for _ in self.set_slots)], [0, *map(int, self._set_limits)]
         for (slice_index, reg), room in zip(self.registers(), self._rooms(), strict=True):
-            if planned is not None and (slice_index, reg) not in planned:
+            if (slice_index, reg) not in planned:
                 raise MachineError(f"slice {slice_index}: base register {reg} holds nothing")
-            lowest, highest = (planned or {}).get((slice_index, reg), (-1, room))
+            lowest, highest = planned[slice_index, reg]
             low.append(max(lowest, -1))
-            high.append(min(highest, room))
+            high.append(max(min(highest, room), -1))
         return np.array(low, np.int64), np.array(high, np.int64)
 
     def _rooms(self) -> list[int]:
@@ -120,9 +119,9 @@ def loads(bases: Sequence[Base], registers: Sequence[tuple[int, int]]) -> Loads:
     return Loads(np.array([base.value for base in needed], np.int64), tuple(strides))
 
 
-def extremes(program: Program) -> list[Extremes | None]:
-    """Of each section: the range of what its runs load into each register; None: it has no runs."""
-    found: list[Extremes | None] = [None for _ in program.sections]
+def extremes(program: Program) -> dict[int, Extremes]:
+    """Of each section that the plan runs: the range of what it loads into each register."""
+    found: dict[int, Extremes] = {}
     highest = {param.name: param.highest for param in program.params}
 
     def visit(body: Sequence[Run | Loop], around: dict[str, int]) -> None:
@@ -132,8 +131,7 @@ def extremes(program: Program) -> list[Extremes | None]:
                 if count > 0:
                     visit(item.body, {**around, item.var: count - 1})
                 continue
-            known = found[item.section] or {}
-            found[item.section] = known
+            known = found.setdefault(item.section, {})
             for base in item.bases:
                 moves = [stride * around[variable] for variable, stride in base.strides]
                 low = base.value + sum(min(move, 0) for move in moves)

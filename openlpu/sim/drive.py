@@ -115,7 +115,7 @@ class Driver:
                 self._write(port, positions[:, None].astype("<i4"))
             elif port.name == "first_visible":
                 self._write(port, self._first_visible(positions))
-            elif port.name == "lane":
+            elif kind == "lane":
                 self._write(port, self._one_hot(positions, self._lane(positions), 0))
             elif port.name == "embed.lane":
                 lane = np.where(positions >= 0, tokens % self.chip.lanes, -1)
@@ -178,12 +178,12 @@ class Driver:
             unit = chunk_in_group * meta["tiles_per_chunk"] + tile
             slot = row // per * meta["groups"] + group
             for layer in range(meta["layers"]):
-                base = layer * meta["context_stride"]
+                at = layer * meta["sequences"] * meta["groups"] + slot
                 if keys:
-                    base += slot * tile_words + lane // width
-                    bases[layer * rows + row, unit * width + lane % width] = base
+                    word = at * tile_words + lane // width
+                    bases[layer * rows + row, unit * width + lane % width] = word
                 else:
-                    bases[layer * rows + row, unit] = base + slot
+                    bases[layer * rows + row, unit] = at
         return bases.view("<i1")
 
 

@@ -39,7 +39,7 @@ class _Section:
         chip: Chip,
         how: Shape,
         section: programs.Section,
-        planned: Extremes | None,
+        planned: Extremes,
         constants: dict[int, int],
     ) -> None:
         resolver = Resolver(chip, how, section, constants)
@@ -84,16 +84,17 @@ class Fast:
         self._room, self.memory = _with_room(loading.load(program, chip))
         constants: dict[int, int] = {}
         planned = extremes(program)
-        self._sections = [
-            _Section(chip, how, section, plan, constants)
-            for section, plan in zip(program.sections, planned, strict=True)
-        ]
+        # Only what the plan runs has been checked.
+        self._sections = {
+            index: _Section(chip, how, program.sections[index], planned[index], constants)
+            for index in sorted(planned)
+        }
         self._link(how, constants)
         self._loads: dict[int, Loads] = {}  # by the identity of a run of the plan
 
     def _link(self, how: Shape, constants: Mapping[int, int]) -> None:
         """Give the sections the arrays that they work in; all share them."""
-        chip, tables = self.chip, [section.table for section in self._sections]
+        chip, tables = self.chip, [section.table for section in self._sections.values()]
         vectors = max((table.vectors for table in tables), default=0)
         words = max((table.words for table in tables), default=0)
         blocks = max((table.blocks for table in tables), default=1)
@@ -111,7 +112,7 @@ class Fast:
         }
         self._vectors = _zeros((1 + vectors) * how.padded)  # the first stays zero
         zeros = self._vectors.ctypes.data
-        for section in self._sections:
+        for section in self._sections.values():
             first = 1 + section.table.pointers
             section.pointers[0] = zeros
             made = np.arange(1, 1 + section.table.vectors) * how.padded
@@ -145,18 +146,21 @@ class Fast:
     def run(self, params: Params) -> Result:
         """One step."""
         programs.check_params(self.program, params)
-        times = [0] * len(self._sections)
+        times: Counter[int] = Counter()
         for run, around in programs.runs(self.program, params):
             times[run.section] += 1
             self._run(run.section, self._loads_of(run).at(around))
         counters: Counter[str] = Counter(cycles=0, hops=0)
-        for section, count in zip(self._sections, times, strict=True):
-            for name, value in section.counters.items() if count else ():
+        for index, count in times.items():
+            for name, value in self._sections[index].counters.items():
                 counters[name] += count * value
         return Result(counters["cycles"], dict(counters))
 
     def run_section(self, index: int, bases: dict[tuple[int, int], int]) -> None:
-        """One section, with base registers (slice, number) loaded. Raises MachineError."""
+        """One section that the plan runs, with base registers (slice, number) loaded with what it
+        may load. Raises MachineError."""
+        if index not in self._sections:
+            raise MachineError(f"the plan never runs section {index}")
         given = [Base(slice_index, reg, value) for (slice_index, reg), value in bases.items()]
         self._run(index, loads(given, self._sections[index].registers).at({}))
 

@@ -95,7 +95,7 @@ class _Assembler:
         self._borrow()
         byte, pointers, vectors = self._byte_slots()
         block, blocks = self.blocks.slots(np.ones(self.made.blocks_made, np.bool_), 1)
-        word, words = self.words.slots(np.ones(self.made.words_made, np.bool_), 0)
+        word, words = self.words.slots(np.ones(len(self.words.first), np.bool_), 0)
         tiles = np.concatenate([byte[self.columns].ravel(), block[self.rows].ravel()])
         code = self._emit({"b": byte, "w": word, "k": block})
         return Table(code, tiles.astype(np.int32), pointers, vectors, words, blocks + 1)
@@ -144,7 +144,7 @@ class _Assembler:
 
     def _live(self) -> None:
         self.bytes = _Lives(self.made.bytes_made)
-        self.words = _Lives(self.made.words_made)
+        self.words = _Lives(max(1, self.made.words_made))  # number 0 is looked up in any case
         self.blocks = _Lives(self.made.blocks_made)
         last = {
             Code.ACT_COLUMNS: np.full(len(self.columns), -1, np.int64),
@@ -233,7 +233,8 @@ class _Assembler:
                 if letter == "t":
                     values = self._tile_offset(batch.code, values)
                 elif letter != "-" and len(values):
-                    values = np.where(values < 0, values, slots[letter.lower()][values])
+                    known = slots[letter.lower()][np.maximum(values, 0)]
+                    values = np.where(values < 0, values, known)
                 table[offset[position] + i] = values
         return table
 

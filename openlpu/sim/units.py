@@ -233,16 +233,16 @@ def _sxm(machine: Machine, instruction: Instruction) -> None:
 def _lanes(machine: Machine, instruction: Instruction) -> NDArray[np.int64]:
     """Which lane of the input stands in each lane of the result; -1 for zero."""
     chip, name, fields = machine.chip, instruction.kind.name, instruction.fields
-    lane: NDArray[np.int64] = np.arange(chip.lanes, dtype=np.int64)
+    lanes: NDArray[np.int64] = np.arange(chip.lanes, dtype=np.int64)
     if name == "shift":
-        lane = lane - fields["amount"]
-        lane[(lane < 0) | (lane >= chip.lanes)] = -1
-        return lane
-    if name == "rotate":
+        lanes = lanes - fields["amount"]
+        lanes[(lanes < 0) | (lanes >= chip.lanes)] = -1
+    elif name == "rotate":
         group = chip.superlane_lanes
-        lane = lane // group * group + (lane + fields["amount"]) % group
-        return lane
-    return machine.maps[fields["map"]].astype(np.int64)
+        lanes = lanes // group * group + (lanes + fields["amount"]) % group
+    else:
+        lanes = machine.maps[fields["map"]].astype(np.int64)
+    return lanes
 
 
 def _transposed(streams: NDArray[np.uint8]) -> list[U8]:
