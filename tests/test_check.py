@@ -33,7 +33,8 @@ VXM, SXM = UNITS.vxm, UNITS.sxm
 LOAD, ACT, OUT = (UNITS.load + part for part in range(3))  # plane 0, at position 0
 W0, W2, E0, E1, E2 = 0, 2, 16, 17, 18  # slices at positions 9, 8, 11, 11, 12
 A = TINY.streams  # the first eastward stream
-PAIR = np.stack([np.roll(np.arange(32), 1), np.full(32, 3)]).astype(np.int16)  # maps
+# Maps: one that leaves superlanes, one that uses lanes often.
+PAIR = np.stack([np.roll(np.arange(32), 1), np.arange(32) // 16 * 16 + 3]).astype(np.int16)
 
 
 def program(issues: Sequence[Issue], cycles: int, **rest: object) -> Program:

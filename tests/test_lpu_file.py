@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 from any_programs import SMALL, TINY, same, some_program
+from random_programs import random_program
 
-from openlpu.asm import container, load, program_sha256, save
+from openlpu.asm import container, contents, dumps, load, loads, program_sha256, save
 from openlpu.cli import main
 from openlpu.errors import ProgramError
 from openlpu.program import Loop, Param, Run, Section, Segment
@@ -39,6 +40,15 @@ def test_a_program_reads_back_from_its_file(seed: int, tmp_path: Path) -> None:
     assert (tmp_path / "a.lpu").read_bytes() == (tmp_path / "b.lpu").read_bytes()
     save(again, tmp_path / "a.lpu")  # over the file that `again` maps
     assert same(load(tmp_path / "a.lpu"), again)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_legal_program_reads_back_from_file_and_text(seed: int, tmp_path: Path) -> None:
+    program, chip = random_program(seed)
+    save(program, tmp_path / "p.lpu")
+    again = load(tmp_path / "p.lpu", chip)
+    assert same(again, program)
+    assert same(loads(dumps(again, chip), chip, contents(again)), program)
 
 
 def test_equal_programs_have_equal_files_and_others_have_not() -> None:

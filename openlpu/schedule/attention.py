@@ -19,7 +19,15 @@ from openlpu.numerics.quant import R127, TINY
 from openlpu.schedule import layout as layouts
 from openlpu.schedule.deliver import Send, Visit, deliver
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand, side_of
-from openlpu.schedule.lower import BYTE, WORD, Lowering, exp2, quantization_scale, quantization_step
+from openlpu.schedule.lower import (
+    BYTE,
+    FEW_VECTORS,
+    WORD,
+    Lowering,
+    exp2,
+    quantization_scale,
+    quantization_step,
+)
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
 from openlpu.schedule.memory import QUAD, Buffer, Memory
 from openlpu.schedule.ports import Ports
@@ -198,17 +206,15 @@ class Attention:
         g = self.g
         of_keys = layouts.keys(g.kv_heads, g.head_dim, low.chip)
         of_queries = layouts.queries(g.heads, g.kv_heads, g.head_dim, low.chip)
-        keys = low.words(op.src[1], of_keys)
-        queries = low.words(op.src[0], of_queries)
-        values = low.words(op.src[2], of_keys)
+        for source, layout in ((op.src[1], of_keys), (op.src[2], of_keys), (op.src[0], of_queries)):
+            low.prepare(source, layout)
         for v in range(g.vectors):
             low.b.tag(f"{op.out} append")
-            key = self._stored(low, keys[v], v)
-            low.b.tag(f"{op.out} quantize queries")
+            key = self._stored(low, op.src[1], of_keys, v)
+            value = self._stored(low, op.src[2], of_keys, v)
             for j in range(g.share):
-                self._query(low, queries[v * g.share + j], v, j)
+                self._query(low, op.src[0], of_queries, v, j)
             low.b.tag(f"{op.out} append")
-            value = self._stored(low, values[v], v)
             self._append(low, v, key, value)
         low.b.tag(f"{op.out} begin")
         for v in range(g.vectors):
@@ -226,12 +232,12 @@ class Attention:
         lanes = np.arange(self.g.lanes)
         return low.mask(lanes // self.g.head_dim == h)
 
-    def _query(self, low: Lowering, word: Buffer, v: int, j: int) -> None:
+    def _query(self, low: Lowering, source: str, layout: layouts.Layout, v: int, j: int) -> None:
         g = self.g
         factor = float(np.float32(softmax_factor(g.head_dim)))
-        for h in range(g.heads_of(v)):
-            mask = self._mask(low, v, h)
-            amax = low.largest([word], mask)
+        masks = [self._mask(low, v, h) for h in range(g.heads_of(v))]
+        word, tops = low.vector_with_tops(source, layout, v * g.share + j, masks)
+        for h, (mask, amax) in enumerate(zip(masks, tops, strict=True)):
             e = Expression()
             limited, step = quantization_step(e, Leaf(amax))
             x: Operand = Leaf(word)
@@ -242,18 +248,18 @@ class Attention:
             e.write(scale, self.state.scales[v, h, j])
             low.evaluate(e)
 
-    def _stored(self, low: Lowering, word: Buffer, v: int) -> tuple[Buffer, list[Buffer]]:
+    def _stored(
+        self, low: Lowering, source: str, layout: layouts.Layout, v: int
+    ) -> tuple[Buffer, list[Buffer]]:
         """A key or value vector as bytes, and the scale of each of its heads."""
-        heads = range(self.g.heads_of(v))
-        masks = [self._mask(low, v, h) for h in heads]
-        tops = [low.largest([word], mask) for mask in masks]
+        masks = [self._mask(low, v, h) for h in range(self.g.heads_of(v))]
+        word, tops = low.vector_with_tops(source, layout, v, masks)
         e = Expression()
         total: Operand | None = None
         scales = []
-        for h in heads:
-            limited, step = quantization_step(e, Leaf(tops[h]))
+        for mask, top in zip(masks, tops, strict=True):
+            limited, step = quantization_step(e, Leaf(top))
             x: Operand = Leaf(word)
-            mask = masks[h]
             if mask is not None:
                 x = e.op("and", x, Leaf(mask))
             q = e.op("ftoi", e.op("fmul", x, step))
@@ -361,22 +367,25 @@ class Attention:
         pairs = [(j, h) for j in range(g.share) for h in range(g.heads_of(v))]
         low.b.tag(f"{op.out} scores")
         scores = self._products_of_keys(low, v, pairs)
-        softmax = {}
-        for j, h in pairs:
-            for c in range(g.chunks_per_group):
-                low.b.tag(f"{op.out} scores")
-                softmax[j, h, c] = self._scaled(low, op, v, j, h, c, scores)
         tops = {}
-        for key, (words, west, east) in softmax.items():
-            low.b.tag(f"{op.out} softmax")
-            tops[key] = (words, low.over_lanes(west, east, "fmax"))
         weights = {}
-        for (j, h, c), (words, top) in tops.items():
-            weights[j, h, c] = self._weights(low, v, h, c, words, top)
+        largest = {}
+        for j in range(g.share):  # a wave at a time: its latencies hide behind the next one's work
+            wave = [(j, h, c) for h in range(g.heads_of(v)) for c in range(g.chunks_per_group)]
+            low.b.tag(f"{op.out} scores")
+            scaled = {key: self._scaled(low, op, v, *key, scores) for key in wave}
+            low.b.tag(f"{op.out} softmax")
+            for key in wave:
+                words, west, east = scaled[key]
+                tops[key] = low.over_lanes(west, east, "fmax")
+                weights[key] = self._weights(low, v, key[1], key[2], words, tops[key])
+            low.b.tag(f"{op.out} values")
+            for key in wave:
+                largest[key] = low.over_lanes(*weights[key][2], "max")
         low.b.tag(f"{op.out} sum of weights")
         totals = self._totals(low, {key: entry[1] for key, entry in weights.items()})
         low.b.tag(f"{op.out} values")
-        sums, largest = self._products_of_values(low, v, weights)
+        sums = self._products_of_values(low, v, weights, largest)
         low.b.tag(f"{op.out} merge")
         for j in range(g.share):
             self._merge(low, v, j, tops, largest, totals, sums)
@@ -504,13 +513,12 @@ class Attention:
             tuple[int, int, int],
             tuple[list[Buffer], list[list[Buffer]], tuple[Buffer, Buffer]],
         ],
-    ) -> tuple[dict[tuple[int, int, int], list[Accumulator]], dict[tuple[int, int, int], Buffer]]:
-        """(share, head, chunk) -> sums of 7-bit weights times values, and the largest weight."""
+        largest: dict[tuple[int, int, int], Buffer],
+    ) -> dict[tuple[int, int, int], list[Accumulator]]:
+        """(share, head, chunk) -> sums of 7-bit weights times values."""
         g = self.g
         bytes_of: dict[tuple[int, int, int], list[Buffer]] = {}
-        largest = {}
-        for key, (words, _, pair) in weights.items():
-            largest[key] = low.over_lanes(*pair, "max")
+        for key, (words, _, _) in weights.items():
             e = Expression()
             top = e.op("mov", Leaf(largest[key]))
             usable = e.op("fle", float(TINY), top)
@@ -530,14 +538,14 @@ class Attention:
                 if key[2] == c:
                     into = accumulators(low.b, plane, low.rows)
                     sums[key].append(act(low.b, into, bytes_of[key][i], low.rows, add=False))
-        return sums, largest
+        return sums
 
     def _merge(
         self,
         low: Lowering,
         v: int,
         j: int,
-        tops: dict[tuple[int, int, int], tuple[list[Buffer], Buffer]],
+        tops: dict[tuple[int, int, int], Buffer],
         largest: dict[tuple[int, int, int], Buffer],
         totals: dict[tuple[int, int, int], Buffer],
         sums: dict[tuple[int, int, int], list[Accumulator]],
@@ -553,7 +561,7 @@ class Attention:
             m, a, l, o = (
                 self._of_heads(low, e, v, j, c, part)
                 for part in (
-                    {k: [Leaf(b)] for k, (_, b) in tops.items()},
+                    {k: [Leaf(b)] for k, b in tops.items()},
                     {k: [Leaf(b)] for k, b in largest.items()},
                     {k: [Leaf(b)] for k, b in totals.items()},
                     {k: [Leaf(s) for s in found] for k, found in sums.items()},
@@ -607,18 +615,30 @@ class Attention:
         g = self.g
         of_queries = layouts.queries(g.heads, g.kv_heads, g.head_dim, low.chip)
         low.b.tag(f"{op.out} divide")
-        outs = []
-        for v in range(g.vectors):
-            for j in range(g.share):
-                e = Expression()
-                out = low.scratch()
+        outs: list[Buffer] = []
+        keys = [(v, j) for v in range(g.vectors) for j in range(g.share)]
+        together = len(keys) if len(keys) <= FEW_VECTORS else 1
+        for first in range(0, len(keys), together):
+            e = Expression()
+            sizes: Operand | None = None
+            buffers = []
+            for v, j in keys[first : first + together]:
                 inverse = e.op("fdiv", 1.0, Leaf(self.state.sums[v, j]))
                 used = _used(low, of_queries[v * g.share + j])
                 y: Node = e.op("fmul", Leaf(self.state.out[v, j]), inverse)
                 if used is not None:
                     y = e.op("and", y, Leaf(used))
-                e.write(y, out)
-                outs += low.evaluate(e, out)
+                size = e.op("and", y, 0x7FFFFFFF)
+                sizes = size if sizes is None else e.op("max", sizes, size)
+                buffers.append(low.scratch())
+                e.write(y, buffers[-1])
+            assert sizes is not None
+            pair = low.both_sides()
+            e.write(sizes, *pair)
+            *found, west, east = low.evaluate(e, *buffers, *pair)
+            outs += found
+            if together == len(keys):
+                low.know_top(op.out, of_queries, (west, east))
         low.know(op.out, of_queries, outs)
         low.outside[op.out] = (g.heads * g.head_dim, of_queries)
 

@@ -36,7 +36,7 @@ from openlpu.schedule.attention import (
     place_state,
 )
 from openlpu.schedule.embed import EmbeddingTable, embed, place_table
-from openlpu.schedule.lower import Constants, Lowering
+from openlpu.schedule.lower import FEW_VECTORS, Constants, Lowering
 from openlpu.schedule.maps import Maps
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.normal import Layer, Parts, parts, plain
@@ -125,6 +125,8 @@ class _Build:
         width = self.model.embed.params[0].shape[1]
         self.dense = layouts.dense(width, self.chip)
         self.stream = [self.ports.static(4, self.sizes.rows, None) for _ in self.dense]
+        west, east = (self.ports.static(4, self.sizes.rows, side) for side in (0, 1))
+        self.stream_top = (west, east)  # magnitudes, the larger ones of its vectors
         cache = place_cache(self.geometry, self.memory, self.chip.planes_per_hemisphere)
         state = place_state(self.geometry, self.ports, self.sizes.rows)
         attention = Attention(self.geometry, cache, state, self.ports)
@@ -172,11 +174,13 @@ class _Build:
 
     def _know_stream(self, low: Lowering, value: str) -> None:
         low.know(value, self.dense, self.stream)
+        if len(self.dense) <= FEW_VECTORS:
+            low.know_top(value, self.dense, self.stream_top)
         low.outside[value] = (int((self.dense >= 0).sum()), self.dense)
 
     def _embed(self, table: EmbeddingTable) -> Section:
         low = self._lowering("embed", {}, self.sizes.rows, layered=False)
-        embed(low, self.model.embed, table, self.ports, self.stream)
+        embed(low, self.model.embed, table, self.ports, self.stream, self.stream_top)
         return low.b.finish()
 
     def _before(self, attention: Attention) -> Section:
@@ -195,7 +199,7 @@ class _Build:
         low = self._lowering("after", self._layer_ops(), self.sizes.rows, layered=True)
         self._know_stream(low, layer.source)
         attention.finish(low, layer.attention)
-        low.words(layer.output, self.dense, self.stream)
+        low.words_with_top(layer.output, self.dense, self.stream, self.stream_top)
         return low.b.finish()
 
     def _head(self) -> Section:

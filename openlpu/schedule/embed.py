@@ -95,7 +95,14 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
     return EmbeddingTable(slices, tuple(words), per, vectors, scales, vocabulary)
 
 
-def embed(low: Lowering, op: Op, table: EmbeddingTable, ports: Ports, into: list[Buffer]) -> None:
+def embed(
+    low: Lowering,
+    op: Op,
+    table: EmbeddingTable,
+    ports: Ports,
+    into: list[Buffer],
+    top: tuple[Buffer, Buffer],
+) -> None:
     """Rows of the table into the stream's buffers, one row after the other."""
     chip = low.chip
     pairs = len(table.slices) + WORD
@@ -125,8 +132,14 @@ def embed(low: Lowering, op: Op, table: EmbeddingTable, ports: Ports, into: list
         scale = low.over_lanes(written[pair[0]], written[pair[1]], "max")
         low.rows = rows
         e = Expression()
+        largest: Operand | None = None
         for buffer, out in zip(held, into, strict=True):
-            e.write(e.op("fmul", Leaf(written[buffer]), Leaf(scale)), _row(out, row))
+            value = e.op("fmul", Leaf(written[buffer]), Leaf(scale))
+            e.write(value, _row(out, row))
+            size = e.op("and", value, 0x7FFFFFFF)
+            largest = size if largest is None else e.op("max", largest, size)
+        assert largest is not None
+        e.write(largest, *(_row(side, row) for side in top))
         low.b.evaluate(e, 1)
 
 

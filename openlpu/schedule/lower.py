@@ -30,6 +30,8 @@ from openlpu.schedule.weights import Fill, WeightStore
 
 WORD, BYTE = 4, 1
 _ABS, _INF, _NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
+FEW_VECTORS = 6  # of a value that one expression makes
+_FEW_TILES = 24  # of a plane in one product; latency counts more than full streams
 Tensors = Mapping[str, NDArray[np.generic]]
 
 
@@ -124,7 +126,8 @@ class Lowering:
         self._words: dict[tuple[str, bytes], Buffer] = {}
         self._norms: dict[tuple[str, bytes], Norm] = {}
         self._quantized: dict[str, Quantized] = {}
-        self._products: dict[tuple[str, bytes], list[list[Accumulator]]] = {}
+        self._products: dict[tuple[str, bytes], list[Accumulator]] = {}
+        self._tops: dict[tuple[str, bytes], tuple[Buffer, Buffer]] = {}
         self._plane = 0
         self.outside: dict[str, tuple[int, Layout]] = {}  # width and layout of values from before
         self.rope: Callable[[Layout, int], tuple[Buffer, Buffer]] | None = None
@@ -160,7 +163,7 @@ class Lowering:
         at_once = max(1, self.chip.accumulators // 2 // self.rows) * self.chip.planes
         for first in range(0, len(layout), at_once):
             block = layout[first : first + at_once]
-            self._prepare(value, block)
+            self.prepare(value, block)
             for v in range(len(block)):
                 expression = Expression()
                 buffer = self.scratch() if into is None else into[first + v]
@@ -169,12 +172,61 @@ class Lowering:
         self.know(value, layout, found)
         return found
 
+    def words_with_top(
+        self,
+        value: str,
+        layout: Layout,
+        into: list[Buffer] | None = None,
+        top: tuple[Buffer, Buffer] | None = None,
+    ) -> list[Buffer]:
+        """The same, by one expression that finds the largest magnitude on its way; top: where."""
+        if len(layout) > FEW_VECTORS:
+            return self.words(value, layout, into)
+        self.prepare(value, layout)
+        e = Expression()
+        buffers = into or [self.scratch() for _ in layout]
+        sizes: list[Node] = []
+        for v, buffer in enumerate(buffers):
+            node = _node(e, self._operand(e, value, layout, v))
+            e.write(node, buffer)
+            sizes.append(e.op("and", node, _ABS))
+        pair = top or self.both_sides()
+        e.write(_joined(e, "max", sizes), *pair)
+        *words, west, east = self.evaluate(e, *buffers, *pair)
+        self.know(value, layout, words)
+        self.know_top(value, layout, (west, east))
+        return words
+
+    def know_top(self, value: str, layout: Layout, pair: tuple[Buffer, Buffer]) -> None:
+        """The largest magnitudes over a value's vectors, lane by lane, in both hemispheres."""
+        self._tops[value, layout.tobytes()] = pair
+
+    def vector_with_tops(
+        self, value: str, layout: Layout, v: int, masks: list[Buffer | None]
+    ) -> tuple[Buffer, list[Buffer]]:
+        """One vector of a value, and the bits of its largest magnitude within each mask's lanes."""
+        self.prepare(value, layout)
+        e = Expression()
+        node = _node(e, self._operand(e, value, layout, v))
+        size = e.op("and", node, _ABS)
+        buffer, pairs = self.scratch(), []
+        e.write(node, buffer)
+        for mask in masks:
+            pairs.append(self.both_sides())
+            e.write(
+                e.op("mov", size) if mask is None else e.op("and", size, Leaf(mask)), *pairs[-1]
+            )
+        done = self.evaluate(e, buffer, *(side for pair in pairs for side in pair))
+        self.know(value, layout[v : v + 1], done[:1])
+        tops = [self.over_lanes(done[1 + 2 * i], done[2 + 2 * i], "max") for i in range(len(pairs))]
+        return done[0], tops
+
     def _op(self, value: str) -> tuple[int, Op]:
         if value not in self.ops:
             raise UnsupportedModel(f"%{value} is used across an attention; the chip cannot keep it")
         return self.ops[value]
 
-    def _prepare(self, value: str, layout: Layout) -> None:
+    def prepare(self, value: str, layout: Layout) -> None:
         """Everything a value's expression reads: products, norms, values of other layouts."""
         if all((value, row.tobytes()) in self._words for row in layout):
             return
@@ -183,18 +235,35 @@ class Lowering:
             case "linear":
                 self.products(op, place, layout)
             case "add" | "swiglu":
+                self._prepare_together(op, layout)
                 for source in op.src:
-                    self._prepare(source, layout)
+                    self.prepare(source, layout)
             case "slice":
-                self._prepare(op.src[0], layouts.shifted(layout, op.integer("start")))
+                self.prepare(op.src[0], layouts.shifted(layout, op.integer("start")))
             case "rope":
                 dim = self._head_dim(op, layout)
-                self._prepare(op.src[0], layout)
-                self._prepare(op.src[0], layouts.other_halves(layout, dim))
+                self.prepare(op.src[0], layout)
+                self.prepare(op.src[0], layouts.other_halves(layout, dim))
             case "rmsnorm":
                 self.norm(op, layout)
             case _:
                 raise UnsupportedModel(f"the chip cannot compute {op.kind} %{value} here")
+
+    def _prepare_together(self, op: Op, layout: Layout) -> None:
+        """Where both sources are columns of one product: their vectors by turns, so that the first
+        ones can be joined while the others are computed."""
+        made = []
+        for source in op.src:
+            if source not in self.ops or (source, layout[0].tobytes()) in self._words:
+                return
+            cut = self._op(source)[1]
+            if cut.kind != "slice" or cut.src[0] not in self.ops:
+                return
+            made.append((cut.src[0], layouts.shifted(layout, cut.integer("start"))))
+        place, linear = self._op(made[0][0])
+        if made[1][0] == made[0][0] and linear.kind == "linear":
+            by_turns = np.stack([made[0][1], made[1][1]], axis=1).reshape(-1, layout.shape[1])
+            self.products(linear, place, by_turns)
 
     def _operand(self, e: Expression, value: str, layout: Layout, v: int) -> Operand:
         """Vector v of a value as part of an expression; `_prepare` came before."""
@@ -255,9 +324,12 @@ class Lowering:
 
     def products(self, op: Op, place: int, layout: Layout) -> list[list[Accumulator]]:
         """The integer products of a linear, per output vector; several are to be added up."""
-        key = (op.out, layout.tobytes())
-        if key in self._products:
-            return self._products[key]
+        missing = [row for row in layout if (op.out, row.tobytes()) not in self._products]
+        if missing:
+            self._multiply(op, place, np.stack(missing))
+        return [self._products[op.out, row.tobytes()] for row in layout]
+
+    def _multiply(self, op: Op, place: int, layout: Layout) -> None:
         x = self.quantized(op.src[0])
         self.b.tag(f"{op.out} linear")
         jobs: list[list[tuple[Tile, ...]]] = [[] for _ in range(self.chip.planes)]
@@ -265,7 +337,6 @@ class Lowering:
         num_inputs, num_outputs = len(x.layout), len(layout)
         by_rows = self._rows_are_fewer(x.layout, layout)
         split = 1 if by_rows is False else max(1, min(num_inputs, self.chip.planes // num_outputs))
-        found: list[list[Accumulator]] = []
         firsts: dict[tuple[int, int], Accumulator] = {}
         for v, outputs in enumerate(layout):
             for part in range(split):
@@ -286,10 +357,9 @@ class Lowering:
                     jobs[plane].append(tuple(tiles))
                     work[plane].append((v, k, part))
         self._run_tiles(jobs, work, x, firsts)
-        for v in range(num_outputs):
-            found.append([firsts[v, part] for part in range(split) if (v, part) in firsts])
-        self._products[key] = found
-        return found
+        for v, outputs in enumerate(layout):
+            parts = [firsts[v, part] for part in range(split) if (v, part) in firsts]
+            self._products[op.out, outputs.tobytes()] = parts
 
     def _run_tiles(
         self,
@@ -298,19 +368,31 @@ class Lowering:
         x: Quantized,
         sums: dict[tuple[int, int], Accumulator],
     ) -> None:
-        """Load each plane's tiles in order, the next one while the last one multiplies."""
+        """Load each plane's tiles in order. While many are left, the next one is loaded before the
+        last one multiplies, which keeps the streams full; else rows that wait go first."""
+
+        def multiply(plane: int, turn: int) -> None:
+            v, k, part = work[plane][turn]
+            side = int(plane >= self.chip.planes_per_hemisphere)
+            add = (v, part) in sums
+            into = sums[v, part] if add else accumulators(self.b, plane, self.rows)
+            sums[v, part] = act(self.b, into, x.sides[side][k], self.rows, add=add)
+
         for turn in range(max(len(tiles) for tiles in jobs) + 1):
             for plane, tiles in enumerate(jobs):
+                first = False
+                if 0 < turn <= len(tiles):
+                    side = int(plane >= self.chip.planes_per_hemisphere)
+                    ready = x.sides[side][work[plane][turn - 1][1]].ready
+                    soon = self.b.planes[plane].installed + self.chip.lanes // 32
+                    first = turn == len(tiles) or (len(tiles) <= _FEW_TILES and ready <= soon)
+                    if first:
+                        multiply(plane, turn - 1)
                 if turn < len(tiles):
                     for tile in tiles[turn]:
                         load(self.b, plane, tile)
-                if 0 < turn <= len(tiles):
-                    v, k, part = work[plane][turn - 1]
-                    side = int(plane >= self.chip.planes_per_hemisphere)
-                    add = (v, part) in sums
-                    into = sums[v, part] if add else accumulators(self.b, plane, self.rows)
-                    sums[v, part] = act(self.b, into, x.sides[side][k], self.rows, add=add)
-                if turn < len(tiles):
+                    if turn and not first:
+                        multiply(plane, turn - 1)
                     install(self.b, plane)
 
     def _rows_are_fewer(self, inputs: Layout, outputs: Layout) -> bool:
@@ -334,7 +416,7 @@ class Lowering:
         return side * half + turn % half
 
     def _dequantized(self, e: Expression, op: Op, place: int, layout: Layout, v: int) -> Node:
-        sums = self.products(op, place, layout)[v]
+        sums = self.products(op, place, layout[v : v + 1])[0]
         scale = self.quantized(op.src[0]).scale
         total: Operand = Leaf(sums[0])
         for more in sums[1:]:
@@ -361,45 +443,67 @@ class Lowering:
         width = self.width_of(source)
         hadamard = op.integer("hadamard", 0)
         layout = layouts.hadamard(width, self.chip) if hadamard else self.layout_of(source, width)
-        words = self.words(source, layout)
-        self.b.tag(f"{op.out} quant")
+        if not hadamard and self._is_plain_norm(source):
+            return self._norm_quantize(op, layout)
         if hadamard:
+            words = self.words(source, layout)
+            self.b.tag(f"{op.out} quant")
             words, amax = self._hadamard(words)
         else:
-            amax = self._short_amax(source, layout) or self.largest(words)
+            words, amax = self._with_largest(source, layout, f"{op.out} quant")
         e = Expression()
-        west, east = [], []
         limited, step = quantization_step(e, Leaf(amax))
-        for word in words:
-            pair = self.both_sides(BYTE)
-            e.write(e.op("ftoi", e.op("fmul", Leaf(word), step)), *pair)
-            west.append(pair[0])
-            east.append(pair[1])
+        return self._to_bytes(e, [Leaf(word) for word in words], limited, step, layout)
+
+    def _to_bytes(
+        self, e: Expression, values: list[Operand], amax: Node, step: Node, layout: Layout
+    ) -> Quantized:
+        """Finish an expression: values times step as bytes on both sides, and the scale."""
+        pairs = [self.both_sides(BYTE) for _ in values]
+        for value, pair in zip(values, pairs, strict=True):
+            e.write(e.op("ftoi", e.op("fmul", value, step)), *pair)
         scale = self.scratch()
-        e.write(quantization_scale(e, limited), scale)
+        e.write(quantization_scale(e, amax), scale)
+        west, east = ([pair[side] for pair in pairs] for side in (WEST, EAST))
         done = self.evaluate(e, *west, *east, scale)
-        n = len(words)
+        n = len(values)
         return Quantized((tuple(done[:n]), tuple(done[n : 2 * n])), done[-1], layout)
+
+    def _with_largest(self, value: str, layout: Layout, tag: str) -> tuple[list[Buffer], Buffer]:
+        """A value's words and the bits of its row's largest magnitude."""
+        known = all((value, row.tobytes()) in self._words for row in layout)
+        words = self.words(value, layout) if known else self.words_with_top(value, layout)
+        self.b.tag(tag)
+        pair = self._tops.get((value, layout.tobytes()))
+        if pair is None:
+            return words, self.largest(words)
+        return words, self.over_lanes(*pair, op="max")
+
+    def _is_plain_norm(self, value: str) -> bool:
+        """A norm of whole rows without gain: its largest magnitude is fl(amax * inverse), since
+        rounding keeps the order."""
+        if value not in self.ops:
+            return False
+        _, op = self._op(value)
+        return op.kind == "rmsnorm" and not op.params and op.integer("heads", 1) == 1
+
+    def _norm_quantize(self, op: Op, layout: Layout) -> Quantized:
+        """A plain norm and its quantization, by one expression once the sums are there."""
+        _, norm = self._op(op.src[0])
+        words, top = self._with_largest(norm.src[0], layout, f"{norm.out} rmsnorm")
+        amax, sums = self._squares(words, top, None)
+        e = Expression()
+        inverse = _root(e, sums, Leaf(amax), self.width_of(norm.src[0]), norm.number("eps"))
+        limited, step = quantization_step(e, e.op("fmul", Leaf(amax), inverse))
+        self.b.tag(f"{op.out} quant")
+        values: list[Operand] = [e.op("fmul", Leaf(word), inverse) for word in words]
+        return self._to_bytes(e, values, limited, step, layout)
 
     def layout_of(self, value: str, width: int) -> Layout:
         """The layout in which a row is quantized."""
         if value in self.outside:
             return self.outside[value][1]
         return layouts.dense(width, self.chip)
-
-    def _short_amax(self, value: str, layout: Layout) -> Buffer | None:
-        """The largest magnitude behind a norm of whole rows without gain: fl(amax * inverse),
-        since rounding keeps the order."""
-        if value not in self.ops:
-            return None
-        _, op = self._op(value)
-        if op.kind != "rmsnorm" or op.params or op.integer("heads", 1) != 1:
-            return None
-        norm = self.norm(op, layout)
-        e = Expression()
-        out = self.scratch()
-        e.write(e.op("fmul", Leaf(norm.amax[0]), Leaf(norm.inverse[0])), out)
-        return self.evaluate(e, out)[0]
 
     def largest(self, words: list[Buffer], mask: Buffer | None = None) -> Buffer:
         """The bits of the largest magnitude over all lanes of all vectors, in every lane."""
@@ -507,7 +611,16 @@ class Lowering:
         self, words: list[Buffer], width: int, eps: float, mask: Buffer | None
     ) -> tuple[Buffer, Buffer]:
         """amax and 1 / sqrt(mean of squares + eps) over all vectors, in every lane."""
-        bits_of_amax = self.largest(words, mask)
+        amax, sums = self._squares(words, self.largest(words, mask), mask)
+        e = Expression()
+        inverse = self.scratch()
+        e.write(_root(e, sums, Leaf(amax), width, eps), inverse)
+        return amax, self.evaluate(e, inverse)[0]
+
+    def _squares(
+        self, words: list[Buffer], bits_of_amax: Buffer, mask: Buffer | None
+    ) -> tuple[Buffer, list[Accumulator]]:
+        """amax as float32, and the six limb sums of numerics section 4: hi*hi, hi*lo, lo*lo."""
         e = Expression()
         amax = poisoned(e, Leaf(bits_of_amax))
         usable = e.op("fle", float(TINY), amax)
@@ -530,20 +643,7 @@ class Lowering:
         amax_out = self.scratch()
         e.write(amax, amax_out)
         *limbs, amax_word = self.evaluate(e, *limbs, amax_out)
-        sums = self.sum_lanes(plane, [limbs[i::6] for i in range(6)])
-        e = Expression()
-        parts = [
-            e.op("itof", e.op("add", e.op("shl", Leaf(sums[i]), 8), Leaf(sums[i + 1])))
-            for i in (0, 2, 4)
-        ]
-        total = e.op("fadd", e.op("fmul", parts[0], 65536.0), e.op("fmul", parts[1], 512.0))
-        mean = e.op("fdiv", e.op("fadd", total, parts[2]), float(width))
-        unit = e.op("fdiv", Leaf(amax_word), float(NORM_LEVELS))
-        square = e.op("fmul", mean, e.op("fmul", unit, unit))
-        root = e.op("fsqrt", e.op("fadd", square, float(np.float32(eps))))
-        inverse = self.scratch()
-        e.write(e.op("fdiv", 1.0, root), inverse)
-        return amax_word, self.evaluate(e, inverse)[0]
+        return amax_word, self.sum_lanes(plane, [limbs[i::6] for i in range(6)])
 
     def sum_lanes(self, plane: int, values: list[list[Buffer]]) -> list[Accumulator]:
         """For each list of byte vectors: their sum over lanes and vectors, in every lane."""
@@ -573,6 +673,32 @@ class Lowering:
         buffer = self.constants._known[key]
         count = self.chip.lanes // self.chip.install_streams
         return Tile(buffer.slices, buffer.words, tuple((g, 0, 1) for g in range(count)), True)
+
+
+def _root(e: Expression, sums: list[Accumulator], amax: Leaf, width: int, eps: float) -> Node:
+    """1 / sqrt(mean + eps) from limb sums."""
+    parts = [
+        e.op("itof", e.op("add", e.op("shl", Leaf(sums[i]), 8), Leaf(sums[i + 1])))
+        for i in (0, 2, 4)
+    ]
+    total = e.op("fadd", e.op("fmul", parts[0], 65536.0), e.op("fmul", parts[1], 512.0))
+    mean = e.op("fdiv", e.op("fadd", total, parts[2]), float(width))
+    unit = e.op("fdiv", amax, float(NORM_LEVELS))
+    square = e.op("fmul", mean, e.op("fmul", unit, unit))
+    root = e.op("fsqrt", e.op("fadd", square, float(np.float32(eps))))
+    return e.op("fdiv", 1.0, root)
+
+
+def _node(e: Expression, value: Operand) -> Node:
+    return value if isinstance(value, Node) else e.op("mov", value)
+
+
+def _joined(e: Expression, op: str, values: list[Node]) -> Node:
+    """All values by one operation, two by two."""
+    while len(values) > 1:
+        rest = values[len(values) // 2 * 2 :]
+        values = [e.op(op, a, b) for a, b in zip(values[::2], values[1::2], strict=False)] + rest
+    return values[0]
 
 
 def poisoned(e: Expression, amax_bits: Operand) -> Node:

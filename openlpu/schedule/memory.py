@@ -168,7 +168,12 @@ class Memory:
         """Everything that was put, neighbours joined."""
         parts = [(s, w, data, what) for s, w, data, what in self._fixed]
         parts += [
-            (s, w + layer * self._spans[region, s, w // self.chip.words_per_bank].layered, data, what)
+            (
+                s,
+                w + layer * self._spans[region, s, w // self.chip.words_per_bank].layered,
+                data,
+                what,
+            )
             for region, layer, s, w, data, what in self._layered
         ]
         parts.sort(key=lambda part: part[:2])

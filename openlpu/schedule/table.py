@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from openlpu.chip import Chip
 
 
-
 @lru_cache(maxsize=4096)
 def burst(count: int, period: int) -> int:
     """Bits 0, period, 2 * period, ... : `count` of them."""

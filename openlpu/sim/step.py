@@ -22,11 +22,8 @@ from openlpu.sim.result import Result, Where
 
 Due = list[tuple[Instruction, int]]  # what issues in one cycle: an instruction, which repetition
 
-_SECOND = (
-    "write",
-    "scatter",
-    "setbase",
-)  # a MEM queue issues one of these beside one that reads memory
+# A MEM queue issues one of these beside one that reads memory.
+_SECOND = ("write", "scatter", "setbase")
 
 
 class Step:
@@ -53,19 +50,19 @@ class Step:
 
     def write(self, port: str, data: NDArray[np.uint8]) -> None:
         """Give an input port its data [rows, vectors, bytes, lanes]. Raises RequestError."""
-        ports.write(self.memory, self._port(port, "in"), data)
+        ports.write(self.memory, self._port(port, ("in",)), data)
 
     def read(self, port: str) -> NDArray[np.uint8]:
         """The data of a port [rows, vectors, bytes, lanes]. Raises RequestError."""
-        return ports.read(self.memory, self._port(port, ""))
+        return ports.read(self.memory, self._port(port, ("in", "out")))
 
-    def _port(self, name: str, direction: str) -> Port:
-        known = [port for port in self.program.ports if port.direction.startswith(direction)]
+    def _port(self, name: str, directions: tuple[str, ...]) -> Port:
+        known = [port for port in self.program.ports if port.direction in directions]
         for port in known:
             if port.name == name:
                 return port
         names = ", ".join(port.name for port in known)
-        raise RequestError(f"no {direction}port {name!r}; the program has: {names}")
+        raise RequestError(f"no port {name!r} of direction {'/'.join(directions)}; known: {names}")
 
     # -- a step
 
