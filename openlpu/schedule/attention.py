@@ -141,7 +141,7 @@ def place_cache(g: Geometry, memory: Memory, side_of_plane: int) -> Cache:
     cache = Cache({}, {}, {}, {}, {}, {}, {})
     for u in range(g.units):
         side = int(u % g.planes >= side_of_plane)
-        quads = memory.emptiest("context", side, width // QUAD)
+        quads = memory.emptiest("context", side, width // QUAD, loads=True)
         slices = tuple(q + b for q in quads for b in range(QUAD))
         cache.slices[u] = slices
         for v in range(g.vectors):

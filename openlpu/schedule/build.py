@@ -130,18 +130,20 @@ class _Build:
         cache = place_cache(self.geometry, self.memory, self.chip.planes_per_hemisphere)
         state = place_state(self.geometry, self.ports, self.sizes.rows)
         attention = Attention(self.geometry, cache, state, self.ports)
-        sections = []
-        stages: list[tuple[str, Callable[[], Section]]] = [
-            ("embed", lambda: self._embed(table)),
-            ("before", lambda: self._before(attention)),
-            ("attend", lambda: self._attend(attention)),
-            ("after", lambda: self._after(attention)),
-            ("head", self._head),
-        ]
-        for i, (name, stage) in enumerate(stages):
+        # The head first: its tiles keep the streams full, and get the quads that suit them best.
+        stages: dict[str, Callable[[], Section]] = {
+            "head": self._head,
+            "before": lambda: self._before(attention),
+            "attend": lambda: self._attend(attention),
+            "after": lambda: self._after(attention),
+            "embed": lambda: self._embed(table),
+        }
+        made: dict[str, Section] = {}
+        for i, (name, stage) in enumerate(stages.items()):
             self._tell("schedule " + name, i, len(stages))
             self.memory.clear_scratch()
-            sections.append(stage())
+            made[name] = stage()
+        sections = [made[name] for name in ("embed", "before", "attend", "after", "head")]
         self._fill()
         return Program(
             chip=self.chip.name,

@@ -18,11 +18,11 @@ from openlpu.schedule import layout as layouts
 from openlpu.schedule.deliver import Send, Visit, deliver
 from openlpu.schedule.expression import Expression, Leaf, Operand
 from openlpu.schedule.lower import WORD, Lowering
-from openlpu.schedule.memory import Buffer, Memory
+from openlpu.schedule.memory import QUAD, Buffer, Memory
 from openlpu.schedule.ports import Ports
 from openlpu.schedule.weights import Fill, WeightStore
 
-_BASE = 7
+_BASES = (7, 9)  # base registers of the table, per bank
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,19 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
     vocabulary, width = op.params[0].shape
     layout = layouts.dense(width, chip)
     vectors = len(layout)
+    half = chip.slices_per_hemisphere
+    quiet = (
+        range(half, half) if memory.quiet_quad is None else range(memory.quiet_quad * QUAD, half)
+    )
     order = [
-        side * chip.slices_per_hemisphere + i
-        for i in range(chip.slices_per_hemisphere)
+        (side * half + i, bank)
+        for bank in range(chip.banks)
+        for i in range(half)
         for side in (0, 1)
     ]
-    per = max(memory.room("weights", s) for s in order) // vectors
+    order = [(s, bank) for s, bank in order if memory.bank_room("weights", s, bank)]
+    order.sort(key=lambda place: place[0] % half not in quiet)  # what no load needs comes first
+    per = max((memory.bank_room("weights", s, bank) for s, bank in order), default=0) // vectors
     if per == 0:
         raise DoesNotFit("the embedding table", vectors, 0, "words", ("a larger chip",))
     count = -(-vocabulary // per)
@@ -62,11 +69,11 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
             "bytes",
             ("a larger chip", "--precision w4"),
         )
-    slices = tuple(order[:count])
+    slices = tuple(s for s, _ in order[:count])
     words = []
-    for i, s in enumerate(slices):
+    for i, (s, bank) in enumerate(order[:count]):
         tokens = min(per, vocabulary - i * per)
-        words.append(memory.fixed("weights", s, tokens * vectors))
+        words.append(memory.fixed("weights", s, tokens * vectors, bank=bank))
         first = i * per
 
         def build(tensors: object, first: int = first, tokens: int = tokens) -> NDArray[np.uint8]:
@@ -91,7 +98,7 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
         return np.ascontiguousarray(planes.transpose(2, 0, 1))
 
     store.fills.append(Fill(place, quad_slices, (at,) * WORD, build_scales, "table"))
-    scales = Buffer(quad_slices, (at,) * WORD, 1, 0, _BASE)
+    scales = Buffer(quad_slices, (at,) * WORD, 1, 0, _BASES[at // chip.words_per_bank])
     return EmbeddingTable(slices, tuple(words), per, vectors, scales, vocabulary)
 
 
@@ -117,7 +124,9 @@ def embed(
         for v in range(table.vectors):
             total: Operand | None = None
             for s, word in zip(table.slices, table.words, strict=True):
-                leaf = Leaf(Buffer((s,), (word + v,), 1, 0, _BASE, ready))
+                leaf = Leaf(
+                    Buffer((s,), (word + v,), 1, 0, _BASES[word // chip.words_per_bank], ready)
+                )
                 total = leaf if total is None else e.op("or", total, leaf)
             assert total is not None
             vectors.append(total)
@@ -162,13 +171,14 @@ def _set_bases(low: Lowering, table: EmbeddingTable, address: list[Buffer], per:
     ]
     for side in (0, 1):
         for number, buffer in enumerate(address):
-            visits = []
+            visits: dict[int, list[Visit]] = {}
             for i, (s, word, most) in enumerate(entries):
                 if i // per == number and int(s >= chip.slices_per_hemisphere) == side:
-                    bank = chip.words_per_bank
-                    top = min(most, bank - 1 - (word + table.vectors - 1) % bank)
-                    visits.append(Visit(s, "setbase", base=_BASE, lane=i % per * 2, limit=top))
-            if visits:
-                begin = deliver(low.b, [Send(0, buffer, visits)], 1, 1, earliest=earliest)
+                    bank, inside = divmod(word + table.vectors - 1, chip.words_per_bank)
+                    top = min(most, chip.words_per_bank - 1 - inside)
+                    visit = Visit(s, "setbase", base=_BASES[bank], lane=i % per * 2, limit=top)
+                    visits.setdefault(bank, []).append(visit)
+            for part in visits.values():
+                begin = deliver(low.b, [Send(0, buffer, part)], 1, 1, earliest=earliest)
                 done = max(done, begin + chip.positions + chip.latency.base_load)
     return done

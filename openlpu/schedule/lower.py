@@ -342,17 +342,16 @@ class Lowering:
             for part in range(split):
                 ks = range(num_inputs)[part::split]
                 plane = self._next_plane(place, outputs, by_rows)
-                side = int(plane >= self.chip.planes_per_hemisphere)
                 for k in ks:
                     if by_rows:
                         tiles = [
                             self.store.by_rows(
-                                place, x.layout[k], outputs, side, layered=self.layered
+                                place, x.layout[k], outputs, plane, layered=self.layered
                             )
                         ]
                     else:
                         tiles = self.store.by_columns(
-                            place, k, x.layout[k], outputs, side, layered=self.layered
+                            place, k, x.layout[k], outputs, plane, layered=self.layered
                         )
                     jobs[plane].append(tuple(tiles))
                     work[plane].append((v, k, part))

@@ -116,6 +116,10 @@ class Memory:
     def _room(self, span: _Span) -> int:
         return span.words - span.layered * self.layers - span.fixed
 
+    def bank_room(self, purpose: str, s: int, bank: int) -> int:
+        """Free words of one bank of a slice."""
+        return max(0, self._room(self._spans[self.chip.region(purpose).name, s, bank]))
+
     def room(self, purpose: str, s: int) -> int:
         """Free words of a slice."""
         region = self.chip.region(purpose).name
@@ -140,11 +144,33 @@ class Memory:
             ("a shorter --context", "fewer --rows", "--precision w4", "a larger chip"),
         )
 
-    def emptiest(self, purpose: str, hemisphere: int, count: int) -> list[int]:
-        """`count` quads of a hemisphere with the most room, in order of their number."""
+    @property
+    def quiet_quad(self) -> int | None:
+        """The quad of a hemisphere that keeps no weights, if there are enough others: rows wait
+        there for the planes, and no load is in their way. Numbered from the VXM."""
         per_side = self.chip.slices_per_hemisphere // QUAD
+        at_once = self.chip.install_streams * self.chip.planes_per_hemisphere // QUAD
+        return per_side - 1 if per_side > at_once else None
+
+    def emptiest(
+        self,
+        purpose: str,
+        hemisphere: int,
+        count: int,
+        *,
+        loads: bool = False,
+        plane: int | None = None,
+    ) -> list[int]:
+        """`count` quads of a hemisphere with the most room, in order of their number. loads: for
+        what planes load; those of one hemisphere load from different quads, if there are enough."""
+        per_side = self.chip.slices_per_hemisphere // QUAD
+        if loads and self.quiet_quad is not None:
+            per_side = self.quiet_quad
         first = hemisphere * self.chip.slices_per_hemisphere
         quads = [first + QUAD * q for q in range(per_side)]
+        sharing = self.chip.planes_per_hemisphere
+        if plane is not None and per_side // sharing >= count:
+            quads = quads[plane % sharing :: sharing]
         rooms = {q: min(self._total_room(purpose, q + b) for b in range(QUAD)) for q in quads}
         return sorted(sorted(quads, key=lambda q: (-rooms[q], q))[:count])
 
@@ -201,6 +227,8 @@ class Memory:
         per_side = self.chip.slices_per_hemisphere // QUAD
         half = max(1, per_side // 2)
         choice = range(half, per_side) if outer and per_side > 1 else range(half)
+        if outer and width == 1 and self.quiet_quad is not None:
+            choice = range(self.quiet_quad, per_side)
         sides = (0, 1) if hemisphere is None else (hemisphere,)
         best: tuple[int, ...] | None = None
         for k in range(len(choice) * len(sides) * (QUAD // width)):

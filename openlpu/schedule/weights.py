@@ -45,26 +45,38 @@ class WeightStore:
         self._known: dict[tuple[int, int, int, tuple[int, ...]], _Stored] = {}
 
     def allocate(
-        self, hemisphere: int, words: int, *, layered: bool, purpose: str = "weights"
+        self,
+        hemisphere: int,
+        words: int,
+        *,
+        layered: bool,
+        purpose: str = "weights",
+        plane: int | None = None,
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`words` words in each of as many slices as a plane loads at once."""
         chip = self.memory.chip
-        quads = self.memory.emptiest(purpose, hemisphere, chip.install_streams // QUAD)
-        slices = tuple(q + b for q in quads for b in range(QUAD))
+        count = chip.install_streams // QUAD
+        needed = words * (self.memory.layers if layered else 1)
+        for owner in (plane, None):  # a plane's own quads, or where they are full any
+            quads = self.memory.emptiest(purpose, hemisphere, count, loads=True, plane=owner)
+            slices = tuple(q + b for q in quads for b in range(QUAD))
+            if all(self.memory.room(purpose, s) >= needed for s in slices):
+                break
         take = self.memory.layered if layered else self.memory.fixed
         return slices, tuple(take(purpose, s, words) for s in slices)
 
     def by_rows(
-        self, place: int, inputs: Layout, outputs: Layout, hemisphere: int, *, layered: bool
+        self, place: int, inputs: Layout, outputs: Layout, plane: int, *, layered: bool
     ) -> Tile:
         """One input vector [lanes] times one output vector [lanes], stored by rows."""
         width = self.memory.chip.install_streams
+        hemisphere = plane // self.memory.chip.planes_per_hemisphere
         groups = [
             g
             for g in range(len(inputs) // width)
             if (inputs[g * width : (g + 1) * width] >= 0).any()
         ]
-        slices, words = self.allocate(hemisphere, len(groups), layered=layered)
+        slices, words = self.allocate(hemisphere, len(groups), layered=layered, plane=plane)
         rows = np.concatenate([inputs[g * width : (g + 1) * width] for g in groups])
 
         def build(weight: object) -> Bytes:
@@ -79,11 +91,12 @@ class WeightStore:
         )
 
     def by_columns(
-        self, place: int, k: int, inputs: Layout, outputs: Layout, hemisphere: int, *, layered: bool
+        self, place: int, k: int, inputs: Layout, outputs: Layout, plane: int, *, layered: bool
     ) -> list[Tile]:
         """Input vector number k times one output vector, stored by columns; groups that another
         layout stored already are used again. One tile for each place that groups come from."""
         width = self.memory.chip.install_streams
+        hemisphere = plane // self.memory.chip.planes_per_hemisphere
         wanted: list[tuple[int, tuple[int, ...]]] = []
         for g in range(len(outputs) // width):
             part = tuple(int(f) for f in outputs[g * width : (g + 1) * width])
@@ -92,7 +105,7 @@ class WeightStore:
         fresh = [part for _, part in wanted if (place, k, hemisphere, part) not in self._known]
         fresh = list(dict.fromkeys(fresh))
         if fresh:
-            slices, words = self.allocate(hemisphere, len(fresh), layered=layered)
+            slices, words = self.allocate(hemisphere, len(fresh), layered=layered, plane=plane)
             columns = np.array([f for part in fresh for f in part])
 
             def build(weight: object) -> Bytes:
