@@ -368,6 +368,7 @@ class Attention:
         low.b.tag(f"{op.out} scores")
         scores = self._products_of_keys(low, v, pairs)
         tops = {}
+        factors = []
         weights = {}
         largest = {}
         for j in range(g.share):  # a wave at a time: its latencies hide behind the next one's work
@@ -379,6 +380,8 @@ class Attention:
                 words, west, east = scaled[key]
                 tops[key] = low.over_lanes(west, east, "fmax")
                 weights[key] = self._weights(low, v, key[1], key[2], words, tops[key])
+            low.b.tag(f"{op.out} rescale")
+            factors.append(self._rescale(low, v, j, tops))
             low.b.tag(f"{op.out} values")
             for key in wave:
                 largest[key] = low.over_lanes(*weights[key][2], "max")
@@ -388,7 +391,7 @@ class Attention:
         sums = self._products_of_values(low, v, weights, largest)
         low.b.tag(f"{op.out} merge")
         for j in range(g.share):
-            self._merge(low, v, j, tops, largest, totals, sums)
+            self._merge(low, v, j, factors[j], largest, totals, sums)
 
     def _products_of_keys(
         self, low: Lowering, v: int, pairs: list[tuple[int, int]]
@@ -454,9 +457,10 @@ class Attention:
         largest: Operand | None = None
         outs, limbs = [], []
         for i, u in enumerate(self._units(c)):
-            t = e.op("mov", Leaf(words[i]))
-            hidden = e.op("eq", t, _MINUS_INF)
-            power = e.op("sel", hidden, 0, exp2(e, e.op("fsub", t, Leaf(top))))
+            t = Leaf(words[i])
+            power = exp2(e, e.op("fsub", t, Leaf(top)), below_zero=True)
+            hidden = e.op("eq", t, _MINUS_INF)  # not kept from the start: it is read again
+            power = e.op("sel", hidden, 0, power)
             total = e.op("ftoi", e.op("fmul", power, float(2**DENOMINATOR_BITS)))
             side = self._side(low, u)
             for k in range(3):
@@ -520,7 +524,7 @@ class Attention:
         bytes_of: dict[tuple[int, int, int], list[Buffer]] = {}
         for key, (words, _, _) in weights.items():
             e = Expression()
-            top = e.op("mov", Leaf(largest[key]))
+            top = Leaf(largest[key])
             usable = e.op("fle", float(TINY), top)
             step = e.op("sel", usable, e.op("fdiv", 127.0, top), 0)
             outs = []
@@ -540,47 +544,66 @@ class Attention:
                     sums[key].append(act(low.b, into, bytes_of[key][i], low.rows, add=False))
         return sums
 
+    def _rescale(
+        self, low: Lowering, v: int, j: int, tops: dict[tuple[int, int, int], Buffer]
+    ) -> list[tuple[Buffer, Buffer]]:
+        """Per chunk: what the sums so far, and the chunk's own, are multiplied by; the new maximum.
+
+        Of the two powers of numerics section 6 one is 2^0. The first chunk that is seen at all
+        takes the place of the sums (0 and 1), one that is not seen changes nothing (1 and 0)."""
+        g = self.g
+        e = Expression()
+        state = self._rows(self.state.top[v, j])
+        top = e.op("mov", Leaf(state))
+        pairs = []
+        for c in range(g.chunks_per_group):
+            parts = {k: [Leaf(b)] for k, b in tops.items()}
+            m = e.op("mov", self._of_heads(low, e, v, j, c, parts))
+            idle, fresh = e.op("eq", m, _MINUS_INF), e.op("eq", top, _MINUS_INF)
+            rises = e.op("flt", top, m)
+            highest = e.op("fmax", top, m)
+            z = exp2(e, e.op("fsub", e.op("sel", rises, top, m), highest), below_zero=True)
+            # 2^0, or 2^-126 where the maximum is a NaN
+            one = e.op("sel", e.op("fle", highest, highest), 1.0, 2.0**-126)
+            x = e.op("sel", fresh, 0, e.op("sel", rises, z, one))
+            y = e.op("sel", idle, 0, e.op("sel", rises, one, z))
+            pairs.append((low.scratch(), low.scratch()))
+            e.write(x, pairs[-1][0])
+            e.write(y, pairs[-1][1])
+            top = highest
+        e.write(e.op("mov", top), state)
+        done = low.evaluate(e, *(buffer for pair in pairs for buffer in pair))
+        return list(zip(done[::2], done[1::2], strict=True))
+
     def _merge(
         self,
         low: Lowering,
         v: int,
         j: int,
-        tops: dict[tuple[int, int, int], Buffer],
+        factors: list[tuple[Buffer, Buffer]],
         largest: dict[tuple[int, int, int], Buffer],
         totals: dict[tuple[int, int, int], Buffer],
         sums: dict[tuple[int, int, int], list[Accumulator]],
     ) -> None:
-        """Chunks in order into the running maximum, sum and output of a query vector."""
-        g = self.g
+        """Chunks in order into the running sum and output of a query vector."""
         e = Expression()
-        state = [
-            self._rows(kept[v, j]) for kept in (self.state.top, self.state.sums, self.state.out)
-        ]
-        top, total, out = (e.op("mov", Leaf(buffer)) for buffer in state)
-        for c in range(g.chunks_per_group):
-            m, a, l, o = (
+        state = [self._rows(kept[v, j]) for kept in (self.state.sums, self.state.out)]
+        total, out = (e.op("mov", Leaf(buffer)) for buffer in state)
+        for c, pair in enumerate(factors):
+            a, l, o = (
                 self._of_heads(low, e, v, j, c, part)
                 for part in (
-                    {k: [Leaf(b)] for k, b in tops.items()},
                     {k: [Leaf(b)] for k, b in largest.items()},
                     {k: [Leaf(b)] for k, b in totals.items()},
                     {k: [Leaf(s) for s in found] for k, found in sums.items()},
                 )
             )
-            m = e.op("mov", m)
+            x, y = (Leaf(buffer) for buffer in pair)
             o = e.op("fmul", e.op("itof", o), e.op("fmul", a, float(R127)))
             l = e.op("fmul", e.op("itof", l), float(2.0**-DENOMINATOR_BITS))
-            idle = e.op("eq", m, _MINUS_INF)
-            fresh = e.op("eq", top, _MINUS_INF)
-            highest = e.op("fmax", top, m)
-            x = exp2(e, e.op("fsub", top, highest))
-            y = exp2(e, e.op("fsub", m, highest))
-            for_sum = e.op("fadd", e.op("fmul", total, x), e.op("fmul", l, y))
-            for_out = e.op("fadd", e.op("fmul", out, x), e.op("fmul", o, y))
-            total = e.op("sel", idle, total, e.op("sel", fresh, l, for_sum))
-            out = e.op("sel", idle, out, e.op("sel", fresh, o, for_out))
-            top = e.op("sel", idle, top, highest)
-        for value, buffer in zip((top, total, out), state, strict=True):
+            total = e.op("fadd", e.op("fmul", total, x), e.op("fmul", l, y))
+            out = e.op("fadd", e.op("fmul", out, x), e.op("fmul", o, y))
+        for value, buffer in zip((total, out), state, strict=True):
             e.write(value, buffer)
         low.evaluate(e)
 

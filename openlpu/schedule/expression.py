@@ -17,6 +17,7 @@ from openlpu.chip import EAST, Chip
 from openlpu.schedule.memory import Buffer
 
 WORD_BYTES = 4
+_READS = 4  # of one word in an expression: cheaper than an ALU that holds it
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,9 @@ def _copied(nodes: list[Node]) -> list[Node]:
 
 
 def _one_use(nodes: list[Node], chip: Chip) -> list[Node]:
-    """Each leaf read by one operation (a `mov` where several need it), each output with a node of
-    its own where one instruction cannot send them all."""
+    """Leaves as operands of their own: memory is read again for each of a few readers, other leaves
+    that several need are kept by a `mov`. Each output gets a node of its own where one instruction
+    cannot send them all."""
     uses: dict[int, int] = {}
     for node in nodes:
         for arg in node.args:
@@ -121,7 +123,8 @@ def _one_use(nodes: list[Node], chip: Chip) -> list[Node]:
     result: list[Node] = []
     for node in nodes:
         for i, arg in enumerate(node.args):
-            if isinstance(arg, Leaf) and uses[id(arg)] > 1:
+            again = _READS if isinstance(arg, Leaf) and isinstance(arg.source, Buffer) else 1
+            if isinstance(arg, Leaf) and uses[id(arg)] > again:
                 if id(arg) not in moved:
                     moved[id(arg)] = Node("mov", [arg])
                     result.append(moved[id(arg)])
@@ -210,7 +213,7 @@ class _Arrangement:
 
     def _slack(self) -> int:
         """Cycles a node may slip earlier because ALUs are taken."""
-        return self.chip.history_cycles // 8
+        return self.chip.history_cycles // 16
 
     def _settle(self, node: Node, latest: int) -> bool:
         """Choose the node's cycle: the latest one with an ALU, ports and streams free."""

@@ -716,11 +716,12 @@ def quantization_scale(e: Expression, amax: Operand) -> Node:
     return e.op("sel", e.op("flt", amax, float(TINY)), 0, e.op("fmul", amax, float(R127)))
 
 
-def exp2(e: Expression, t: Operand) -> Node:
-    """numerics section 4."""
+def exp2(e: Expression, t: Operand, *, below_zero: bool = False) -> Node:
+    """numerics section 4. below_zero: t is at most 0 or a NaN, so one of the limits is enough."""
     low, high = -float(EXP2_LIMIT), float(EXP2_LIMIT)
     t = e.op("sel", e.op("flt", low, t), t, low)
-    t = e.op("sel", e.op("flt", t, high), t, high)
+    if not below_zero:
+        t = e.op("sel", e.op("flt", t, high), t, high)
     n = e.op("frint", t)
     f = e.op("fsub", t, n)
     p: Operand = e.op("mov", bits_of(EXP2_COEFFICIENTS[-1]))
