@@ -368,7 +368,6 @@ class Attention:
         low.b.tag(f"{op.out} scores")
         scores = self._products_of_keys(low, v, pairs)
         tops = {}
-        factors = []
         weights = {}
         largest = {}
         for j in range(g.share):  # a wave at a time: its latencies hide behind the next one's work
@@ -380,8 +379,6 @@ class Attention:
                 words, west, east = scaled[key]
                 tops[key] = low.over_lanes(west, east, "fmax")
                 weights[key] = self._weights(low, v, key[1], key[2], words, tops[key])
-            low.b.tag(f"{op.out} rescale")
-            factors.append(self._rescale(low, v, j, tops))
             low.b.tag(f"{op.out} values")
             for key in wave:
                 largest[key] = low.over_lanes(*weights[key][2], "max")
@@ -389,6 +386,8 @@ class Attention:
         totals = self._totals(low, {key: entry[1] for key, entry in weights.items()})
         low.b.tag(f"{op.out} values")
         sums = self._products_of_values(low, v, weights, largest)
+        low.b.tag(f"{op.out} rescale")  # early enough: it fills what the products leave free
+        factors = [self._rescale(low, v, j, tops) for j in range(g.share)]
         low.b.tag(f"{op.out} merge")
         for j in range(g.share):
             self._merge(low, v, j, factors[j], largest, totals, sums)

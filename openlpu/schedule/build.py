@@ -64,15 +64,19 @@ def build_program(
     chip: Chip,
     sizes: Sizes,
     *,
+    effort: int = 1,
     progress: Progress | None = None,
 ) -> Program:
-    """Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no sense."""
+    """effort: how many placements of scratch are tried for the section that binds, the shortest
+    schedule is kept. Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no sense."""
     _check_sizes(sizes)
     model = parts(plain(graph))
     refused: DoesNotFit | None = None
     for scratch_words in _SCRATCH_WORDS:
         try:
-            return _Build(graph, model, source, chip, sizes, scratch_words, progress).program()
+            return _Build(
+                graph, model, source, chip, sizes, scratch_words, effort, progress
+            ).program()
         except DoesNotFit as error:
             if not error.resource.startswith("scratch"):
                 raise refused or error from None
@@ -101,10 +105,12 @@ class _Build:
         chip: Chip,
         sizes: Sizes,
         scratch_words: int,
+        effort: int,
         progress: Progress | None,
     ) -> None:
         self.graph, self.model, self.source = graph, model, source
         self.chip, self.sizes, self.progress = chip, sizes, progress
+        self.effort = effort
         self.memory = Memory(chip, layers=len(model.layers), scratch_words=scratch_words)
         self.maps = Maps(chip)
         self.store = WeightStore(self.memory)
@@ -192,9 +198,13 @@ class _Build:
         return low.b.finish()
 
     def _attend(self, attention: Attention) -> Section:
-        low = self._lowering("attend", {}, self.geometry.rows, layered=True)
-        attention.attend(low, self.model.layers[0].attention)
-        return low.b.finish()
+        found = []
+        for turn in range(self.effort):
+            self.memory.clear_scratch(turn)
+            low = self._lowering("attend", {}, self.geometry.rows, layered=True)
+            attention.attend(low, self.model.layers[0].attention)
+            found.append(low.b.finish())
+        return min(found, key=lambda section: section.cycles)
 
     def _after(self, attention: Attention) -> Section:
         layer = self.model.layers[0]

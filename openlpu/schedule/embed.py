@@ -24,26 +24,31 @@ from openlpu.schedule.weights import Fill, WeightStore
 
 _BASES = (7, 9)  # base registers of the table, per bank
 
+_KEPT_WORDS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTable:
-    """rows_per_slice tokens lie in each of `slices`, `vectors` words a token from words[i] on; the
-    scales of tokens, a word of `lanes` tokens each, in scales."""
+    """rows_per_slice tokens lie in each of `slices`, `vectors` words a token from words[i] on. A word
+    of a scales buffer holds those of scale_tokens tokens; each buffer has scale_words of them (and,
+    for scales of groups, as many again for each further vector)."""
 
     slices: tuple[int, ...]
     words: tuple[int, ...]
     rows_per_slice: int
     vectors: int
-    scales: Buffer
+    scales: tuple[Buffer, ...]
+    scale_tokens: int
+    scale_words: int
     vocabulary: int
 
 
-def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> EmbeddingTable:
-    """Reserve the table's memory, slices of both hemispheres by turns, inner ones first."""
+def place_rows(
+    memory: Memory, vocabulary: int, vectors: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Reserve `vectors` words for each token, slices of both hemispheres by turns, inner ones first:
+    slices, first words, tokens a slice."""
     chip = memory.chip
-    vocabulary, width = op.params[0].shape
-    layout = layouts.dense(width, chip)
-    vectors = len(layout)
     half = chip.slices_per_hemisphere
     quiet = (
         range(half, half) if memory.quiet_quad is None else range(memory.quiet_quad * QUAD, half)
@@ -54,9 +59,12 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
         for i in range(half)
         for side in (0, 1)
     ]
-    order = [(s, bank) for s, bank in order if memory.bank_room("weights", s, bank)]
+    order = [(s, bank) for s, bank in order if memory.bank_room("table", s, bank)]
     order.sort(key=lambda place: place[0] % half not in quiet)  # what no load needs comes first
-    per = max((memory.bank_room("weights", s, bank) for s, bank in order), default=0) // vectors
+    # Some room stays for constants, which the VXM reads while planes load.
+    kept = _KEPT_WORDS if memory.quiet_quad is not None else 0
+    largest = max((memory.bank_room("table", s, bank) for s, bank in order), default=0)
+    per = max(0, largest - kept) // vectors
     if per == 0:
         raise DoesNotFit("the embedding table", vectors, 0, "words", ("a larger chip",))
     count = -(-vocabulary // per)
@@ -67,14 +75,26 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
             vocabulary * vectors * chip.lanes,
             have,
             "bytes",
-            ("a larger chip", "--precision w4"),
+            ("a larger chip", "--precision w4", "--table-region"),
         )
     slices = tuple(s for s, _ in order[:count])
-    words = []
-    for i, (s, bank) in enumerate(order[:count]):
-        tokens = min(per, vocabulary - i * per)
-        words.append(memory.fixed("weights", s, tokens * vectors, bank=bank))
+    words = tuple(
+        memory.fixed("table", s, min(per, vocabulary - i * per) * vectors, bank=bank)
+        for i, (s, bank) in enumerate(order[:count])
+    )
+    return slices, words, per
+
+
+def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> EmbeddingTable:
+    """Reserve the table's memory, slices of both hemispheres by turns, inner ones first."""
+    chip = memory.chip
+    vocabulary, width = op.params[0].shape
+    layout = layouts.dense(width, chip)
+    vectors = len(layout)
+    slices, words, per = place_rows(memory, vocabulary, vectors)
+    for i, (s, word) in enumerate(zip(slices, words, strict=True)):
         first = i * per
+        tokens = min(per, vocabulary - first)
 
         def build(tensors: object, first: int = first, tokens: int = tokens) -> NDArray[np.uint8]:
             assert isinstance(tensors, dict)
@@ -84,11 +104,11 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
                 part.reshape(1, tokens * vectors, chip.lanes).view(np.uint8)
             )
 
-        store.fills.append(Fill(place, (s,), (words[-1],), build, "table"))
+        store.fills.append(Fill(place, (s,), (word,), build, "table"))
     scale_words = -(-vocabulary // chip.lanes)
-    quad = memory.emptiest("weights", EAST, 1)[0]
+    quad = memory.emptiest("table", EAST, 1)[0]
     quad_slices = tuple(range(quad, quad + WORD))
-    at = memory.aligned("weights", quad_slices, scale_words)
+    at = memory.aligned("table", quad_slices, scale_words)
 
     def build_scales(tensors: object) -> NDArray[np.uint8]:
         assert isinstance(tensors, dict)
@@ -99,7 +119,9 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
 
     store.fills.append(Fill(place, quad_slices, (at,) * WORD, build_scales, "table"))
     scales = Buffer(quad_slices, (at,) * WORD, 1, 0, _BASES[at // chip.words_per_bank])
-    return EmbeddingTable(slices, tuple(words), per, vectors, scales, vocabulary)
+    return EmbeddingTable(
+        slices, words, per, vectors, (scales,), chip.lanes, scale_words, vocabulary
+    )
 
 
 def embed(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,12 @@ class Norm:
     inverse: list[Buffer]
 
 
+class GroupedLinears(Protocol):
+    """Gives the vectors of a linear whose weights lie in blocks, in memory."""
+
+    def words(self, value: str, layout: Layout, into: list[Buffer] | None) -> list[Buffer]: ...
+
+
 class Constants:
     """Words and bytes that are the same for all rows, each kept once."""
 
@@ -93,7 +100,10 @@ class Constants:
     def _place(self, width: int, words: int, *, layered: bool) -> Buffer:
         self._turn += 1
         side = self._turn % 2
-        quad = self.memory.emptiest("weights", side, 1)[0]
+        if width == WORD:
+            quad = self.memory.quad_for_constants("weights", side, words, layered=layered)
+        else:
+            quad = self.memory.emptiest("weights", side, 1)[0]
         first = quad + (self._turn // 2 % (4 // width)) * width if width < 4 else quad
         slices = tuple(range(first, first + width))
         take = self.memory.layered if layered else self.memory.fixed
@@ -131,6 +141,7 @@ class Lowering:
         self._plane = 0
         self.outside: dict[str, tuple[int, Layout]] = {}  # width and layout of values from before
         self.rope: Callable[[Layout, int], tuple[Buffer, Buffer]] | None = None
+        self.grouped: GroupedLinears | None = None  # who lowers linears with weights in blocks
 
     # -- buffers --------------------------------------------------------------------------------
 
@@ -159,7 +170,11 @@ class Lowering:
         """A value as words in memory, one buffer a vector; into: where, if that matters."""
         if into is None and all((value, row.tobytes()) in self._words for row in layout):
             return [self._words[value, row.tobytes()] for row in layout]
-        found: list[Buffer] = []
+        if self.grouped is not None and value in self.ops and self._op(value)[1].kind == "linear":
+            found = self.grouped.words(value, layout, into)
+            self.know(value, layout, found)
+            return found
+        found = []
         at_once = max(1, self.chip.accumulators // 2 // self.rows) * self.chip.planes
         for first in range(0, len(layout), at_once):
             block = layout[first : first + at_once]
@@ -324,6 +339,9 @@ class Lowering:
 
     def products(self, op: Op, place: int, layout: Layout) -> list[list[Accumulator]]:
         """The integer products of a linear, per output vector; several are to be added up."""
+        if self.grouped is not None:  # its sums are no integers, and lie in memory
+            self.words(op.out, layout)
+            return []
         missing = [row for row in layout if (op.out, row.tobytes()) not in self._products]
         if missing:
             self._multiply(op, place, np.stack(missing))

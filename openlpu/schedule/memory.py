@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from openlpu.chip import Chip
-from openlpu.errors import DoesNotFit
+from openlpu.chip import Chip, Region
+from openlpu.errors import DoesNotFit, RequestError
 from openlpu.program import Segment
 
 QUAD = 4  # slices that hold the bytes of a 32-bit vector
@@ -53,9 +53,20 @@ class Buffer:
 class Memory:
     """Places buffers and collects the image."""
 
-    def __init__(self, chip: Chip, *, layers: int, scratch_words: int) -> None:
+    def __init__(
+        self, chip: Chip, *, layers: int, scratch_words: int, table_region: str = ""
+    ) -> None:
+        """table_region: the name of the region that keeps what is placed for the purpose "table";
+        by default it goes where the weights go."""
         self.chip = chip
         self.layers = layers
+        self._table_region = chip.region("weights")
+        if table_region:
+            named = {region.name: region for region in chip.regions}
+            if table_region not in named:
+                known = ", ".join(named)
+                raise RequestError(f"{chip.name} has no region {table_region!r}; it has {known}")
+            self._table_region = named[table_region]
         self._spans: dict[tuple[str, int, int], _Span] = {}
         for region in chip.regions:
             for bank in range(chip.banks):
@@ -75,11 +86,15 @@ class Memory:
                 self._scratch[s, bank] = [word, 0]
         self._turn = 0
 
+    def region(self, purpose: str) -> Region:
+        """The region for a purpose of the chip file, or for the "table"."""
+        return self._table_region if purpose == "table" else self.chip.region(purpose)
+
     # -- lasting places -------------------------------------------------------------------------
 
     def fixed(self, purpose: str, s: int, words: int, *, bank: int | None = None) -> int:
         """First of `words` words of slice s that exist once."""
-        region = self.chip.region(purpose).name
+        region = self.region(purpose).name
         banks = [bank] if bank is not None else list(range(self.chip.banks))
         spans = [self._spans[region, s, b] for b in banks]
         span = max(spans, key=self._room)
@@ -90,7 +105,7 @@ class Memory:
 
     def aligned(self, purpose: str, slices: Sequence[int], words: int) -> int:
         """The same in several slices, at one word in all of them."""
-        region = self.chip.region(purpose).name
+        region = self.region(purpose).name
         choices = [
             [self._spans[region, s, bank] for s in slices]
             for bank in self._banks(purpose, slices[0])
@@ -105,7 +120,7 @@ class Memory:
 
     def layered(self, purpose: str, s: int, words: int) -> int:
         """First of `words` words of slice s in layer 0."""
-        region = self.chip.region(purpose).name
+        region = self.region(purpose).name
         spans = [self._spans[region, s, b] for b in range(self.chip.banks)]
         span = max(spans, key=self._room)
         if self._room(span) < words * self.layers:
@@ -118,23 +133,23 @@ class Memory:
 
     def bank_room(self, purpose: str, s: int, bank: int) -> int:
         """Free words of one bank of a slice."""
-        return max(0, self._room(self._spans[self.chip.region(purpose).name, s, bank]))
+        return max(0, self._room(self._spans[self.region(purpose).name, s, bank]))
 
     def room(self, purpose: str, s: int) -> int:
         """Free words of a slice."""
-        region = self.chip.region(purpose).name
+        region = self.region(purpose).name
         return max(self._room(self._spans[region, s, b]) for b in range(self.chip.banks))
 
     def _total_room(self, purpose: str, s: int) -> int:
-        region = self.chip.region(purpose).name
+        region = self.region(purpose).name
         return sum(self._room(self._spans[region, s, b]) for b in range(self.chip.banks))
 
     def _banks(self, purpose: str, s: int) -> list[int]:
-        region = self.chip.region(purpose).name
+        region = self.region(purpose).name
         return [b for b in range(self.chip.banks) if self._spans[region, s, b].words]
 
     def _full(self, purpose: str, missing: int) -> DoesNotFit:
-        region = self.chip.region(purpose)
+        region = self.region(purpose)
         have = region.words * self.chip.slices * self.chip.lanes
         return DoesNotFit(
             f"{purpose} in region {region.name} of {self.chip.name}",
@@ -151,6 +166,17 @@ class Memory:
         per_side = self.chip.slices_per_hemisphere // QUAD
         at_once = self.chip.install_streams * self.chip.planes_per_hemisphere // QUAD
         return per_side - 1 if per_side > at_once else None
+
+    def quad_for_constants(
+        self, purpose: str, hemisphere: int, words: int, *, layered: bool
+    ) -> int:
+        """The quiet quad of a hemisphere, or the emptiest one where it is full."""
+        needed = words * (self.layers if layered else 1)
+        if self.quiet_quad is not None:
+            quad = hemisphere * self.chip.slices_per_hemisphere + QUAD * self.quiet_quad
+            if all(self.room(purpose, quad + b) >= needed for b in range(QUAD)):
+                return quad
+        return self.emptiest(purpose, hemisphere, 1)[0]
 
     def emptiest(
         self,
@@ -184,11 +210,11 @@ class Memory:
         self, purpose: str, layer: int, s: int, word: int, data: NDArray[np.uint8], what: str
     ) -> None:
         """The same, of one layer."""
-        self._layered.append((self.chip.region(purpose).name, layer, s, word, data, what))
+        self._layered.append((self.region(purpose).name, layer, s, word, data, what))
 
     def layer_stride(self, purpose: str, s: int, bank: int) -> int:
         """Words from a layer's part to the next layer's in a bank, once everything is placed."""
-        return self._spans[self.chip.region(purpose).name, s, bank].layered
+        return self._spans[self.region(purpose).name, s, bank].layered
 
     def image(self) -> tuple[Segment, ...]:
         """Everything that was put, neighbours joined."""
@@ -217,7 +243,9 @@ class Memory:
 
     # -- places that live as long as a section --------------------------------------------------
 
-    def clear_scratch(self) -> None:
+    def clear_scratch(self, turn: int = 0) -> None:
+        """Free all of it. turn: where the choice of quads begins."""
+        self._turn = turn
         for entry in self._scratch.values():
             entry[1] = 0
 

@@ -41,6 +41,7 @@ class WeightStore:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.fills: list[Fill] = []
+        self.purpose = "weights"  # what new tiles are kept as: those of a tied head go by the table
         # (place, input vector, hemisphere, features) -> where the group lies
         self._known: dict[tuple[int, int, int, tuple[int, ...]], _Stored] = {}
 
@@ -50,11 +51,10 @@ class WeightStore:
         words: int,
         *,
         layered: bool,
-        purpose: str = "weights",
         plane: int | None = None,
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """`words` words in each of as many slices as a plane loads at once."""
-        chip = self.memory.chip
+        chip, purpose = self.memory.chip, self.purpose
         count = chip.install_streams // QUAD
         needed = words * (self.memory.layers if layered else 1)
         for owner in (plane, None):  # a plane's own quads, or where they are full any
@@ -83,11 +83,11 @@ class WeightStore:
             assert isinstance(weight, np.ndarray)
             part = weight.T[np.maximum(rows, 0)][:, np.maximum(outputs, 0)]
             part = np.where((rows >= 0)[:, None] & (outputs >= 0)[None, :], part, 0)
-            return _striped(part.astype(np.int8), width)
+            return striped(part.astype(np.int8), width)
 
         self.fills.append(Fill(place, slices, words, build, "weights"))
         return Tile(
-            slices, words, _ranges(groups, range(len(groups))), True, LAYER_BASE if layered else 0
+            slices, words, ranges(groups, range(len(groups))), True, LAYER_BASE if layered else 0
         )
 
     def by_columns(
@@ -112,7 +112,7 @@ class WeightStore:
                 assert isinstance(weight, np.ndarray)
                 part = weight[np.maximum(columns, 0)][:, np.maximum(inputs, 0)]
                 part = np.where((columns >= 0)[:, None] & (inputs >= 0)[None, :], part, 0)
-                return _striped(part.astype(np.int8), width)
+                return striped(part.astype(np.int8), width)
 
             self.fills.append(Fill(place, slices, words, build, "weights"))
             for i, part in enumerate(fresh):
@@ -123,7 +123,7 @@ class WeightStore:
             by_place.setdefault((slices, words), []).append((g, i))
         base = LAYER_BASE if layered else 0
         return [
-            Tile(slices, words, _ranges([g for g, _ in pairs], [i for _, i in pairs]), False, base)
+            Tile(slices, words, ranges([g for g, _ in pairs], [i for _, i in pairs]), False, base)
             for (slices, words), pairs in by_place.items()
         ]
 
@@ -138,7 +138,7 @@ class WeightStore:
         return None
 
 
-def _ranges(groups: Sequence[int], stored: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+def ranges(groups: Sequence[int], stored: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
     """(group of the plane, group in memory, how many) for runs in which both go up by one."""
     found: list[list[int]] = []
     for g, i in zip(groups, stored, strict=True):
@@ -149,7 +149,7 @@ def _ranges(groups: Sequence[int], stored: Sequence[int]) -> tuple[tuple[int, in
     return tuple((g, i, n) for g, i, n in found)
 
 
-def _striped(vectors: Matrix, width: int) -> Bytes:
+def striped(vectors: Matrix, width: int) -> Bytes:
     """Vectors [groups * width, lanes] as [width slices, groups, lanes]."""
     shaped = vectors.reshape(-1, width, vectors.shape[1])
     return np.ascontiguousarray(shaped.transpose(1, 0, 2)).view(np.uint8)
