@@ -313,6 +313,9 @@ class _Build:
                 "rows_per_slice": table.rows_per_slice,
                 "slices": len(table.slices),
                 "vectors": table.vectors,
+                "scale_tokens": table.scale_tokens,
+                "scale_words": table.scale_words,
+                "scale_slices": table.scales[0].width,
             },
             "rope": {
                 "turns": [f"{turn:016x}" for turn in self.graph.rope.turns],

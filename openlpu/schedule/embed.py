@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from openlpu.chip import EAST, WEST
+from openlpu.chip import EAST, WEST, Chip
 from openlpu.errors import DoesNotFit
 from openlpu.graph import Op
 from openlpu.schedule import layout as layouts
 from openlpu.schedule.deliver import Send, Visit, deliver
-from openlpu.schedule.expression import Expression, Leaf, Operand
+from openlpu.schedule.expression import Expression, Leaf, Node, Operand
 from openlpu.schedule.lower import WORD, Lowering
 from openlpu.schedule.memory import QUAD, Buffer, Memory
 from openlpu.schedule.ports import Ports
 from openlpu.schedule.weights import Fill, WeightStore
 
 _BASES = (7, 9)  # base registers of the table, per bank
+SCALE_BASES = (10, 11)  # and of its scales
 
 _KEPT_WORDS = 1024
 
@@ -62,7 +63,8 @@ def place_rows(
     order = [(s, bank) for s, bank in order if memory.bank_room("table", s, bank)]
     order.sort(key=lambda place: place[0] % half not in quiet)  # what no load needs comes first
     # Some room stays for constants, which the VXM reads while planes load.
-    kept = _KEPT_WORDS if memory.quiet_quad is not None else 0
+    shared = memory.region("table") == memory.region("weights")
+    kept = _KEPT_WORDS if shared and memory.quiet_quad is not None else 0
     largest = max((memory.bank_room("table", s, bank) for s, bank in order), default=0)
     per = max(0, largest - kept) // vectors
     if per == 0:
@@ -118,7 +120,7 @@ def place_table(op: Op, place: int, memory: Memory, store: WeightStore) -> Embed
         return np.ascontiguousarray(planes.transpose(2, 0, 1))
 
     store.fills.append(Fill(place, quad_slices, (at,) * WORD, build_scales, "table"))
-    scales = Buffer(quad_slices, (at,) * WORD, 1, 0, _BASES[at // chip.words_per_bank])
+    scales = Buffer(quad_slices, (at,) * WORD, 1, 0, SCALE_BASES[at // chip.words_per_bank])
     return EmbeddingTable(
         slices, words, per, vectors, (scales,), chip.lanes, scale_words, vocabulary
     )
@@ -133,26 +135,14 @@ def embed(
     top: tuple[Buffer, Buffer],
 ) -> None:
     """Rows of the table into the stream's buffers, one row after the other."""
-    chip = low.chip
-    pairs = len(table.slices) + WORD
-    per = chip.lanes // 2
-    address, lane = ports.embedding(-(-pairs // per))
+    address, lane = ports.embedding(address_vectors(table, low.chip))
     low.b.tag(f"{op.out} embed")
     rows = low.rows
     for row in range(rows):
-        ready = _set_bases(low, table, [_row(a, row) for a in address], per)
+        ready = set_bases(low, table, [one_row(a, row) for a in address])
         e = Expression()
-        vectors: list[Operand] = []
-        for v in range(table.vectors):
-            total: Operand | None = None
-            for s, word in zip(table.slices, table.words, strict=True):
-                leaf = Leaf(
-                    Buffer((s,), (word + v,), 1, 0, _BASES[word // chip.words_per_bank], ready)
-                )
-                total = leaf if total is None else e.op("or", total, leaf)
-            assert total is not None
-            vectors.append(total)
-        mine = e.op("and", Leaf(replace(table.scales, ready=ready)), Leaf(_row(lane, row)))
+        vectors = [stored_word(e, low, table, v, ready) for v in range(table.vectors)]
+        mine = e.op("and", Leaf(replace(table.scales[0], ready=ready)), Leaf(one_row(lane, row)))
         pair = [low.memory.scratch(WORD, 1, hemisphere=side, outer=True) for side in (WEST, EAST)]
         e.write(mine, *pair)
         held = [low.memory.scratch(WORD, 1, hemisphere=None, outer=False) for _ in vectors]
@@ -166,40 +156,64 @@ def embed(
         largest: Operand | None = None
         for buffer, out in zip(held, into, strict=True):
             value = e.op("fmul", Leaf(written[buffer]), Leaf(scale))
-            e.write(value, _row(out, row))
+            e.write(value, one_row(out, row))
             size = e.op("and", value, 0x7FFFFFFF)
             largest = size if largest is None else e.op("max", largest, size)
         assert largest is not None
-        e.write(largest, *(_row(side, row) for side in top))
+        e.write(largest, *(one_row(side, row) for side in top))
         low.b.evaluate(e, 1)
 
 
-def _row(buffer: Buffer, row: int) -> Buffer:
+def stored_word(e: Expression, low: Lowering, table: EmbeddingTable, v: int, ready: int) -> Node:
+    """Word v of a token's row: what the slice that has it reads, the others being off."""
+    bank = low.chip.words_per_bank
+    total: Operand | None = None
+    for s, word in zip(table.slices, table.words, strict=True):
+        leaf = Leaf(Buffer((s,), (word + v,), 1, 0, _BASES[word // bank], ready))
+        total = leaf if total is None else e.op("or", total, leaf)
+    assert total is not None
+    return total if isinstance(total, Node) else e.op("mov", total)
+
+
+def one_row(buffer: Buffer, row: int) -> Buffer:
     """One row of a lasting buffer."""
     words = tuple(word + row * buffer.step for word in buffer.words)
     return replace(buffer, words=words, count=1, step=0)
 
 
-def _set_bases(low: Lowering, table: EmbeddingTable, address: list[Buffer], per: int) -> int:
+def address_vectors(table: EmbeddingTable, chip: Chip) -> int:
+    """Vectors that hold the int16 bases of all slices."""
+    entries = len(table.slices) + sum(buffer.width for buffer in table.scales)
+    return -(-entries // (chip.lanes // 2))
+
+
+def set_bases(low: Lowering, table: EmbeddingTable, address: list[Buffer]) -> int:
     """Load the base of every slice of the table, when all earlier reads are over; the cycle from
     which the bases hold."""
     chip = low.chip
+    per, bank_words = chip.lanes // 2, chip.words_per_bank
     earliest, done = low.b.end, 0
     limit = table.rows_per_slice * table.vectors
-    entries = [(s, word, limit) for s, word in zip(table.slices, table.words, strict=True)]
+    # (slice, registers, the last word that the base is added to, the largest base)
+    entries = [
+        (s, _BASES, word + table.vectors - 1, limit)
+        for s, word in zip(table.slices, table.words, strict=True)
+    ]
     entries += [
-        (s, word, chip.words)
-        for s, word in zip(table.scales.slices, table.scales.words, strict=True)
+        (s, SCALE_BASES, word + (buffer.count - 1) * buffer.step, table.scale_words)
+        for buffer in table.scales
+        for s, word in zip(buffer.slices, buffer.words, strict=True)
     ]
     for side in (0, 1):
         for number, buffer in enumerate(address):
             visits: dict[int, list[Visit]] = {}
-            for i, (s, word, most) in enumerate(entries):
+            for i, (s, registers, last, most) in enumerate(entries):
                 if i // per == number and int(s >= chip.slices_per_hemisphere) == side:
-                    bank, inside = divmod(word + table.vectors - 1, chip.words_per_bank)
-                    top = min(most, chip.words_per_bank - 1 - inside)
-                    visit = Visit(s, "setbase", base=_BASES[bank], lane=i % per * 2, limit=top)
-                    visits.setdefault(bank, []).append(visit)
+                    bank, inside = divmod(last, bank_words)
+                    top = min(most, bank_words - 1 - inside)
+                    register = registers[bank]
+                    visit = Visit(s, "setbase", base=register, lane=i % per * 2, limit=top)
+                    visits.setdefault(register, []).append(visit)
             for part in visits.values():
                 begin = deliver(low.b, [Send(0, buffer, part)], 1, 1, earliest=earliest)
                 done = max(done, begin + chip.positions + chip.latency.base_load)

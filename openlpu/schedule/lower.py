@@ -354,9 +354,9 @@ class Lowering:
         work: list[list[tuple[int, int, int]]] = [[] for _ in range(self.chip.planes)]
         num_inputs, num_outputs = len(x.layout), len(layout)
         by_rows = self._rows_are_fewer(x.layout, layout)
-        split = 1 if by_rows is False else max(1, min(num_inputs, self.chip.planes // num_outputs))
         firsts: dict[tuple[int, int], Accumulator] = {}
         for v, outputs in enumerate(layout):
+            split = self._shares(v, num_outputs, num_inputs) if by_rows else 1
             for part in range(split):
                 ks = range(num_inputs)[part::split]
                 plane = self._next_plane(place, outputs, by_rows)
@@ -375,8 +375,16 @@ class Lowering:
                     work[plane].append((v, k, part))
         self._run_tiles(jobs, work, x, firsts)
         for v, outputs in enumerate(layout):
-            parts = [firsts[v, part] for part in range(split) if (v, part) in firsts]
+            parts = [sums for (vector, _), sums in sorted(firsts.items()) if vector == v]
             self._products[op.out, outputs.tobytes()] = parts
+
+    def _shares(self, v: int, num_outputs: int, num_inputs: int) -> int:
+        """Over how many planes an output vector's inputs are spread: the last vectors, too few for
+        all planes, are."""
+        rest = num_outputs % self.chip.planes
+        if v < num_outputs - rest:
+            return 1
+        return max(1, min(num_inputs, self.chip.planes // rest))
 
     def _run_tiles(
         self,

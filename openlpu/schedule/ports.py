@@ -123,9 +123,13 @@ class Ports:
         lane = self._port("embed.lane", self._each_lane(), BYTE, self.rows, "in")[0]
         return address, lane
 
+    def row(self, name: str, layout: Layout, direction: str) -> list[Buffer]:
+        """A float32 value of each row."""
+        return self._port(name, layout, WORD, self.rows, direction)
+
     def logits(self, layout: Layout) -> list[Buffer]:
         """float32 results."""
-        return self._port("logits", layout, WORD, self.rows, "out")
+        return self.row("logits", layout, "out")
 
     def described(self) -> tuple[Port, ...]:
         """The ports as data."""
