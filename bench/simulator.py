@@ -116,7 +116,12 @@ class Builder:
         later, at a time that depends on how far it is from the plane."""
         chip = self.chip
         side = plane % chip.planes_per_hemisphere
-        busy = {s for t in (turn, turn + 1, turn + 2) for p in range(2) for s in self.layout.slices(t, p)}
+        busy = {
+            s
+            for t in (turn, turn + 1, turn + 2)
+            for p in range(2)
+            for s in self.layout.slices(t, p)
+        }
         free = [s for s in range(chip.slices_per_hemisphere) if s not in busy]
         return free[side] if len(free) > 1 else chip.slices_per_hemisphere - 1 - side
 
@@ -124,7 +129,8 @@ class Builder:
         return self.chip.words - (k + 1) * self.rows
 
     def _bring(self, s: int, word: int, plane: int, stream: int, at: int, count: int) -> None:
-        """Words of a slice, one a cycle, onto a stream that reaches the plane from cycle `at` on."""
+        """Words of a slice, one a cycle, onto a stream that reaches the plane from cycle `at` on.
+        """
         chip = self.chip
         way = abs(chip.mem_position(s) - chip.mxm_position(plane))
         args = (word, 1, 0, stream)
@@ -136,7 +142,9 @@ class Builder:
         hemisphere, side = divmod(plane, chip.planes_per_hemisphere)
         columns = self.turns // self.inputs
         count = columns * self.rows
-        begin = self.start + (self.turns + 3) * self.turn_cycles + side * count + chip.latency.mxm_dot
+        begin = (
+            self.start + (self.turns + 3) * self.turn_cycles + side * count + chip.latency.mxm_dot
+        )
         stream = (0 if hemisphere == EAST else chip.streams) + 4 * side
         queue = isa.units(chip).load + 3 * plane + 2
         self.issues.append(Issue(begin, queue, "out", (0, 1, stream), count))
@@ -146,9 +154,7 @@ class Builder:
         for b, s in enumerate(slices):
             way = abs(chip.mem_position(s) - chip.mxm_position(plane))
             args = (word, 1, 0, stream + b, 1)
-            self.issues.append(
-                Issue(begin + chip.latency.mxm_out + way, s, "write", args, count)
-            )
+            self.issues.append(Issue(begin + chip.latency.mxm_out + way, s, "write", args, count))
         vectors = (Vector(slices, word, 1),)
         features = np.arange(chip.lanes, dtype=np.int32)[None]
         return Port(f"sums{plane}", "out", count, vectors, features)

@@ -126,6 +126,13 @@ def act(t: int, slot: int = 2, add: int = 0) -> Issue:
     return issue(ACT, "act", t, slot=slot, src=20, take=1, add=add)
 
 
+def twice(t: int, end: int) -> list[Issue]:
+    """Two reads of e0 until `end`, and two writes of it from t on; values come from the west."""
+    values = [read(W0, t - 5 + i, A + 8) for i in (0, 1)]
+    reads = issue(E0, "read", end - 1, 2, word=1024, dst=A + 9)
+    return [*values, reads, issue(E0, "write", t, 2, src=A + 8, take=1)]
+
+
 def sixteen(t: int, first: int = 0) -> list[Issue]:
     """Reads of slices w0 .. w15 that stand on 16 streams at position 0 at t."""
     return [read(s, t - TINY.mem_position(s) - TINY.latency.mem_read, first + s) for s in range(16)]
@@ -204,6 +211,12 @@ CASES = [
         "cycle 1, mem.w0, read(word=0, step=0, base=0, dst=32): stream 32: it meets another value",
     ),
     Case(
+        "a value that was read goes on",
+        program([PUSH, write(E0, 5, A), read(E2, 3, A)], 20),
+        program([PUSH, write(E0, 5, A, 0), read(E2, 3, A)], 20),
+        "cycle 3, mem.e2, read(word=0, step=0, base=0, dst=32): stream 32: it meets another value",
+    ),
+    Case(
         "two values are not put to one register",
         program([read(W0, 0, A), read(1, 0, A + 1)], 30),
         program([read(W0, 0, A), read(1, 0, A)], 30),
@@ -269,6 +282,13 @@ CASES = [
             40,
         ),
         program([issue(W0, "read", 0, 2, 3, dst=A), issue(W0, "read", 2, 2, 3, dst=A)], 40),
+        "more than 1 repetitions are under way",
+        SLOW,
+    ),
+    Case(
+        "a repeat is under way to its last cycle",
+        program(twice(11, 10), 40),
+        program(twice(10, 10), 40),
         "more than 1 repetitions are under way",
         SLOW,
     ),
@@ -386,6 +406,12 @@ CASES = [
         "a tap finds a result",
         program([alu(0), alu(3, number=1, a_from=isa.Source.TAP, a_at=2)], 10),
         program([alu(0), alu(3, number=1, a_from=isa.Source.TAP, a_at=1)], 10),
+        "operand a: the ALU delivered nothing then",
+    ),
+    Case(
+        "a tap does not reach into the time before the section",
+        program([alu(9), alu(1, number=2, a_from=isa.Source.TAP, a_at=64), alu(0, number=1)], 11),
+        program([alu(9), alu(0, number=2, a_from=isa.Source.TAP, a_at=65)], 11),
         "operand a: the ALU delivered nothing then",
     ),
     Case(
@@ -512,6 +538,15 @@ def test_fields_in_range(op: str) -> None:
 @pytest.mark.parametrize(("op", "changes"), ILL_FORMED, ids=str)
 def test_fields_out_of_range(op: str, changes: dict[str, int]) -> None:
     assert all(verdict(formed(op, changes), TINY))
+
+
+def test_streams_stay_in_their_direction() -> None:
+    """Sixteen streams from 16 on, where a direction has 24."""
+    chip = replace(TINY, streams=24, install_streams=8)
+    assert verdict(formed("transpose", {"src": 0, "dst": 0}), chip) == ("", "")
+    assert all(verdict(formed("transpose", {"src": 16, "dst": 0}), chip))
+    other = replace(TINY, superlanes=4, superlane_lanes=8)
+    assert all(verdict(formed("transpose", {}), other))
 
 
 @pytest.mark.parametrize(

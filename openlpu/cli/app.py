@@ -1,7 +1,7 @@
 """In: the words of a command line. Out: one command run, its errors as one line, its exit code.
 
-Exit codes: 0 done; 1 `verify` found a differing bit; 2 bad input, named in one line on stderr;
-130 interrupted; 141 the reader of stdout went away.
+Exit codes: 0 done; 1 `verify` or `sim --check-host` found a differing bit; 2 bad input, named in
+one line on stderr; 130 interrupted; 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import typer
 
 from openlpu import __version__
 from openlpu.cli.chat import chat
+from openlpu.cli.compile import compile_model
+from openlpu.cli.explain import explain
 from openlpu.cli.measure import bench, eval_text, verify
 from openlpu.cli.models import inspect, models, pull
 from openlpu.cli.program import asm, check, dis
 from openlpu.cli.run import run
 from openlpu.cli.see import trace, view
+from openlpu.cli.simulate import simulate
 from openlpu.cli.terminal import drop_output, note, write
 from openlpu.errors import LpuError
 from openlpu.knobs import DEBUG
@@ -37,6 +40,9 @@ app.command()(inspect)
 app.command(name="eval")(eval_text)
 app.command()(verify)
 app.command()(bench)
+app.command(name="compile")(compile_model)
+app.command(name="sim")(simulate)
+app.command()(explain)
 app.command()(asm)
 app.command()(dis)
 app.command()(check)

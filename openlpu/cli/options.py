@@ -1,10 +1,14 @@
-"""In: nothing. Out: the options that several commands share, declared once."""
+"""In: nothing. Out: the options that several commands share, declared once, and what they mean."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from openlpu import chip as chips
 
 DEFAULT_MODEL = "smollm2"
 
@@ -58,3 +62,37 @@ Seed = Annotated[
     int | None, typer.Option(metavar="N", help="The same seed gives the same answer. Random.")
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message to begin with.")]
+ProgramFile = Annotated[Path, typer.Argument(metavar="FILE.lpu", help="A compiled program.")]
+Chip = Annotated[
+    str,
+    typer.Option(
+        "--chip",
+        metavar="NAME|FILE",
+        help="The chip; by default the shipped one that the program names.",
+    ),
+]
+Params = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--params",
+        metavar="NAME=N[,N...]",
+        help="Values of a step's parameter; one N stands for all of them. May be repeated. "
+        "By default the lowest allowed, but at least 1.",
+    ),
+]
+
+
+def chip_of(name: str, chosen: str) -> chips.Chip:
+    """The chip that a program names, or the one that the user chose, which must have its name.
+
+    A program's file never chooses which file is read. Raises ProgramError, ChipError.
+    """
+    from openlpu.chip import load_chip, shipped_chips
+    from openlpu.errors import ProgramError
+
+    if not chosen and name not in shipped_chips():
+        raise ProgramError(f"the program is for the chip {name!r}; give its file with --chip")
+    chip = load_chip(chosen or name)
+    if chip.name != name:
+        raise ProgramError(f"the program is for the chip {name!r}, not for {chip.name!r}")
+    return chip

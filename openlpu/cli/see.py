@@ -17,48 +17,29 @@ if TYPE_CHECKING:
 
 _MOST_VALUES = 1 << 20
 
-_File = Annotated[Path, typer.Argument(metavar="FILE.lpu", help="A compiled program.")]
-_Chip = Annotated[
-    str,
-    typer.Option(
-        "--chip",
-        metavar="NAME|FILE",
-        help="The chip; by default the shipped one that the program names.",
-    ),
-]
-_Params = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--params",
-        metavar="NAME=N[,N...]",
-        help="Values of a step's parameter; one N stands for all of them. May be repeated. "
-        "By default the lowest allowed, but at least 1.",
-    ),
-]
-
 
 def view(
-    file: _File,
+    file: options.ProgramFile,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", metavar="PAGE.html", help="Where the page goes; beside the program."
         ),
     ] = None,
-    params: _Params = None,
-    chip: _Chip = "",
+    params: options.Params = None,
+    chip: options.Chip = "",
     json: options.Json = False,
 ) -> None:
     """Make a page that shows a program: chip, memory, timeline, utilization."""
     from openlpu.viz.page import page
 
-    program, on, values = _opened(file, chip, params)
+    program, on, values = opened(file, chip, params)
     data = page(program, on, values).encode()
     _save(output or file.with_suffix(".html"), file, data, json=json)
 
 
 def trace(
-    file: _File,
+    file: options.ProgramFile,
     output: Annotated[
         Path,
         typer.Option(
@@ -68,14 +49,14 @@ def trace(
             help="Where the trace goes; compressed if the name ends in .gz.",
         ),
     ],
-    params: _Params = None,
-    chip: _Chip = "",
+    params: options.Params = None,
+    chip: options.Chip = "",
     json: options.Json = False,
 ) -> None:
     """Write a trace of a step for ui.perfetto.dev."""
     from openlpu.viz.trace import trace_bytes
 
-    program, on, values = _opened(file, chip, params)
+    program, on, values = opened(file, chip, params)
     data = trace_bytes(program, on, values, packed=output.suffix == ".gz")
     _save(output, file, data, json=json)
 
@@ -107,25 +88,12 @@ def params_of(program: Program, words: list[str]) -> Params:
     return found
 
 
-def _opened(file: Path, chip: str, words: list[str] | None) -> tuple[Program, Chip, Params]:
+def opened(file: Path, chip: str, words: list[str] | None) -> tuple[Program, Chip, Params]:
+    """The program of a file, its chip, and the parameters of a step. Raises LpuError."""
     from openlpu.asm import load
 
     program = load(file)
-    return program, _chip(program.chip, chip), params_of(program, words or [])
-
-
-def _chip(name: str, chosen: str) -> Chip:
-    """The chip that a program names, or the one that the user chose, which must have its name.
-
-    A program's file never chooses which file is read."""
-    from openlpu.chip import load_chip, shipped_chips
-
-    if not chosen and name not in shipped_chips():
-        raise ProgramError(f"the program is for the chip {name!r}; give its file with --chip")
-    chip = load_chip(chosen or name)
-    if chip.name != name:
-        raise ProgramError(f"the program is for the chip {name!r}, not for {chip.name!r}")
-    return chip
+    return program, options.chip_of(program.chip, chip), params_of(program, words or [])
 
 
 def _save(output: Path, program: Path, data: bytes, *, json: bool) -> None:

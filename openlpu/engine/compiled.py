@@ -1,4 +1,4 @@
-"""In: a checkpoint and a precision. Out: Compiled: the graph after each pass, and runners for it.
+"""In: a checkpoint and a precision. Out: Compiled: the graph after each pass, what runs it.
 
 A start from the cache reads neither the checkpoint's tensors nor a recipe: the packed weights are
 found by a key over the checkpoint's fingerprint, the contract and the graph.
@@ -7,10 +7,11 @@ found by a key over the checkpoint's fingerprint, the contract and the graph.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,8 @@ from openlpu import __version__
 from openlpu.compiler import compile_graph
 from openlpu.engine.runner import ReferenceRunner
 from openlpu.errors import RequestError
-from openlpu.graph import Graph
+from openlpu.graph import Graph, Param, Tensor, TensorSource
+from openlpu.graph.identity import IdentityHasher
 from openlpu.graph.text import dumps
 from openlpu.host import HostModel
 from openlpu.host import build as build_host
@@ -31,6 +33,10 @@ from openlpu.load.weights import Weights
 from openlpu.numerics import CONTRACT
 from openlpu.passes.recipe import Materializer
 from openlpu.store import Store
+
+if TYPE_CHECKING:
+    from openlpu.chip import Chip
+    from openlpu.program import Program
 
 Precision = Literal["w8", "w4"]
 PRECISIONS: tuple[Precision, ...] = ("w8", "w4")
@@ -119,9 +125,73 @@ class Compiled:
             progress=progress,
         )
 
+    def program(
+        self,
+        chip: Chip,
+        *,
+        rows: int = 1,
+        sequences: int = 1,
+        context: int = 1024,
+        checkpoint: str = "",
+        progress: Progress | None = None,
+    ) -> Program:
+        """The program of a step on a chip: `rows` rows, as many of each of `sequences` sequences
+        of up to `context` positions. What engine.onchip must know besides goes into its meta.
+        checkpoint: where the tokenizer is found again.
+
+        Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no sense.
+        """
+        # Only whoever compiles for a chip pays for the scheduler's start.
+        from openlpu.schedule.build import Sizes, build_program
+
+        if not 1 <= context <= self.graph.context:
+            longest = f"{self.graph.context:,}, the model's own"
+            raise RequestError(f"context is {context}; give 1 to {longest}")
+        source = _Identified(self.graph, Materializer(self.weights))
+        sizes = Sizes(rows, sequences, context)
+        program = build_program(self.graph, source, chip, sizes, progress=progress)
+        facts = {
+            "checkpoint": checkpoint,
+            "contract": CONTRACT,
+            "identity": source.identity(),
+            "precision": self.precision,
+        }
+        meta = {**json.loads(program.meta), **facts}
+        return replace(program, meta=json.dumps(meta, sort_keys=True))
+
     def reference(self, *, graph: Graph | None = None) -> ReferenceRunner:
         """The slow exact reference, of the last graph or of any other of `stages`."""
         return ReferenceRunner(graph or self.graph, Materializer(self.weights))
+
+
+class _Identified:
+    """A TensorSource that takes the identity of all it hands out, so that nothing is made twice."""
+
+    def __init__(self, graph: Graph, source: TensorSource) -> None:
+        self._graph, self._source = graph, source
+        self._hasher = IdentityHasher(graph)
+        self._seen: set[str] = set()
+
+    def blocks(self, param: Param) -> Iterator[Tensor]:
+        """Blocks as the source makes them."""
+        yield from self._source.blocks(param)  # may be left half-way: not counted as seen
+
+    def whole(self, param: Param) -> Tensor:
+        """All rows at once."""
+        tensor = self._source.whole(param)
+        if param.name not in self._seen:
+            self._seen.add(param.name)
+            self._hasher.add(param, tensor)
+        return tensor
+
+    def identity(self) -> str:
+        """graph.identity of the graph; reads what nobody asked for."""
+        for param in self._graph.params():
+            if param.name not in self._seen:
+                self._seen.add(param.name)
+                for block in self._source.blocks(param):
+                    self._hasher.add(param, block)
+        return self._hasher.hexdigest()
 
 
 def compile_weights(

@@ -18,28 +18,31 @@ from numpy.typing import NDArray
 
 from openlpu.chip import Chip
 from openlpu.errors import DoesNotFit, RequestError, UnsupportedModel
-from openlpu.graph import F32Tensor, Graph, Op, RowTensor, TensorSource
-from openlpu.graph.ops import weights_and_biases
+from openlpu.graph import F32Tensor, Graph, GroupedTensor, Op, RowTensor, TensorSource
+from openlpu.graph.ops import BLOCK_FORMATS, weights_and_biases
 from openlpu.program import Base, Loop, Param, Program, Run, Section
 from openlpu.schedule import layout as layouts
-from openlpu.schedule.attention import (
+from openlpu.schedule.attention import Attention
+from openlpu.schedule.constants import Constants
+from openlpu.schedule.context import (
     FIRST_BASE,
     KEY_BASE,
     PLACE_BASE,
     ROW_BASE,
     SCALE_BASE,
-    SET_BASE,
-    Attention,
-    Geometry,
     geometry,
     place_cache,
     place_state,
 )
+from openlpu.schedule.demand import refuse_too_large
 from openlpu.schedule.embed import EmbeddingTable, embed, place_table
-from openlpu.schedule.lower import FEW_VECTORS, Constants, Lowering
-from openlpu.schedule.maps import Maps
-from openlpu.schedule.memory import Buffer, Memory
-from openlpu.schedule.normal import Layer, Parts, parts, plain
+from openlpu.schedule.grouped import Grouped
+from openlpu.schedule.grouped_embed import embed_grouped, place_grouped_table
+from openlpu.schedule.grouped_weights import GroupedStore
+from openlpu.schedule.layout import Maps
+from openlpu.schedule.lower import FEW_VECTORS, Lowering
+from openlpu.schedule.memory import Memory, region_of_table
+from openlpu.schedule.normal import Parts, parts, plain
 from openlpu.schedule.ports import Ports
 from openlpu.schedule.section import LAYER_BASE, UPPER_LAYER_BASE, SectionBuilder
 from openlpu.schedule.weights import WeightStore
@@ -51,11 +54,14 @@ MAX_ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """rows: of a step, of `sequences` sequences with as many each. context: most positions."""
+    """rows: of a step, of `sequences` sequences with as many each. context: most positions.
+    table_region: of the chip's regions the one for the embedding table, and for the tiles of a head
+    tied to it; by default that of the weights."""
 
     rows: int
     sequences: int
     context: int
+    table_region: str = ""
 
 
 def build_program(
@@ -68,9 +74,11 @@ def build_program(
     progress: Progress | None = None,
 ) -> Program:
     """effort: how many placements of scratch are tried for the section that binds, the shortest
-    schedule is kept. Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no sense."""
+    schedule is kept. Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no
+    sense."""
     _check_sizes(sizes)
     model = parts(plain(graph))
+    refuse_too_large(model, chip, region_of_table(chip, sizes.table_region))
     refused: DoesNotFit | None = None
     for scratch_words in _SCRATCH_WORDS:
         try:
@@ -111,10 +119,17 @@ class _Build:
         self.graph, self.model, self.source = graph, model, source
         self.chip, self.sizes, self.progress = chip, sizes, progress
         self.effort = effort
-        self.memory = Memory(chip, layers=len(model.layers), scratch_words=scratch_words)
+        self.memory = Memory(
+            chip,
+            layers=len(model.layers),
+            scratch_words=scratch_words,
+            table_region=sizes.table_region,
+        )
         self.maps = Maps(chip)
         self.store = WeightStore(self.memory)
         self.constants = Constants(self.memory, self.store)
+        self.in_blocks = model.embed.params[0].format in BLOCK_FORMATS
+        self.grouped = GroupedStore(self.store)
         windows = [layer.attention.integer("window", 0) for layer in model.layers]
         self.ports = Ports(self.memory, sizes.rows, len(model.layers), any(windows))
         attention = model.layers[0].attention
@@ -127,7 +142,8 @@ class _Build:
         self.body = (*body.before, body.attention, *body.after)
 
     def program(self) -> Program:
-        table = place_table(self.model.embed, -1, self.memory, self.store)
+        place = place_grouped_table if self.in_blocks else place_table
+        table = place(self.model.embed, -1, self.memory, self.store)
         width = self.model.embed.params[0].shape[1]
         self.dense = layouts.dense(width, self.chip)
         self.stream = [self.ports.static(4, self.sizes.rows, None) for _ in self.dense]
@@ -175,6 +191,8 @@ class _Build:
         builder = SectionBuilder(self.chip, self.memory, self.maps, name)
         low = Lowering(builder, self.constants, self.store, ops, rows, layered=layered)
         low.rope = self.ports.rope
+        if self.in_blocks:
+            low.grouped = Grouped(low, self.grouped)
         return low
 
     def _layer_ops(self) -> dict[str, tuple[int, Op]]:
@@ -188,7 +206,8 @@ class _Build:
 
     def _embed(self, table: EmbeddingTable) -> Section:
         low = self._lowering("embed", {}, self.sizes.rows, layered=False)
-        embed(low, self.model.embed, table, self.ports, self.stream, self.stream_top)
+        lower = embed_grouped if self.in_blocks else embed
+        lower(low, self.model.embed, table, self.ports, self.stream, self.stream_top)
         return low.b.finish()
 
     def _before(self, attention: Attention) -> Section:
@@ -219,7 +238,11 @@ class _Build:
         low = self._lowering("head", ops, self.sizes.rows, layered=False)
         self._know_stream(low, self.model.layers[-1].output)
         layout = layouts.dense(low.width_of(self.model.output), self.chip)
+        sources = {param.source for op in self.model.head for param in op.params}
+        if self.model.embed.params[0].source in sources:
+            self.store.purpose = "table"
         low.words(self.model.output, layout, self.ports.logits(layout))
+        self.store.purpose = "weights"
         return low.b.finish()
 
     # -- the plan -------------------------------------------------------------------------------
@@ -275,7 +298,8 @@ class _Build:
                             self.memory.put_layer("weights", number, s, word, data[k], fill.what)
 
     def _tensors(self, op: Op) -> dict[str, NDArray[Any]]:
-        """weight int8 [N, K] and scale [N] of an op's matrices, bias [N], gain."""
+        """weight int8 [N, K] and scale [N] of an op's matrices, bias [N], gain; of weights in
+        blocks scale and minimum [N, groups], minima of 0 where some have none."""
         if op.kind == "rmsnorm":
             gain = self.source.whole(op.params[0])
             assert isinstance(gain, F32Tensor)
@@ -283,11 +307,19 @@ class _Build:
         weights, biases = weights_and_biases(op) if op.kind == "linear" else ((0,), ())
         tensors = [self.source.whole(op.params[i]) for i in weights]
         found: dict[str, NDArray[Any]] = {}
-        rows = [tensor for tensor in tensors if isinstance(tensor, RowTensor)]
-        if len(rows) < len(tensors):
-            raise UnsupportedModel("the chip takes 8-bit weights with a scale per row so far")
-        found["weight"] = np.concatenate([tensor.q for tensor in rows])
-        found["scale"] = np.concatenate([tensor.scale for tensor in rows])
+        known = [tensor for tensor in tensors if isinstance(tensor, RowTensor | GroupedTensor)]
+        if len(known) < len(tensors):
+            raise UnsupportedModel("the chip takes integer weights; use precision w8 or w4")
+        found["weight"] = np.concatenate([tensor.q for tensor in known])
+        found["scale"] = np.concatenate([tensor.scale for tensor in known])
+        if self.in_blocks:
+            minima = [getattr(tensor, "minimum", None) for tensor in known]
+            found["minimum"] = np.concatenate(
+                [
+                    np.zeros_like(tensor.scale) if minimum is None else minimum
+                    for tensor, minimum in zip(known, minima, strict=True)
+                ]
+            )
         if biases:
             values = [self.source.whole(op.params[i]) for i in biases]
             found["bias"] = np.concatenate([v.value for v in values if isinstance(v, F32Tensor)])
@@ -341,6 +373,3 @@ class _Build:
             elif reg in strides:
                 found.append(Base(s, reg, 0, strides[reg]))
         return tuple(found)
-
-
-__all__ = ["SET_BASE", "Buffer", "Geometry", "Layer", "Sizes", "build_program"]

@@ -1,7 +1,8 @@
 """In: values and the slices they pass. Out: writes, scatters and base loads along their way.
 
-What goes to a place known only when the step begins: each value is sent from the VXM past all slices
-that might keep it, and base registers, loaded the same way a moment before, say which one does.
+What goes to a place known only when the step begins: each value is sent from the VXM past all
+slices that might keep it, and base registers, loaded the same way a moment before, say which one
+does.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Visit:
 
 @dataclass(slots=True)
 class Send:
-    """A value of 1 or 2 bytes that leaves the VXM `at` cycles after the task's first one. The slices
-    farthest out take it. with_map: the send whose value is the map of this one's scatters; all of
-    their slices stand at one position."""
+    """A value of 1 or 2 bytes that leaves the VXM `at` cycles after the task's first one. The
+    slices farthest out take it. with_map: the send whose value is the map of this one's scatters;
+    all of their slices stand at one position."""
 
     at: int
     value: Buffer

@@ -1,7 +1,7 @@
 """In: a table and token ids as addresses. Out: tasks that bring a token's row to the stream.
 
-The table lies in as many slices as it needs, whole rows in each. Every one of them reads at a base of
-its own; all but one are off and give zeros, so the row is the OR of what they read.
+The table lies in as many slices as it needs, whole rows in each. Every one of them reads at a base
+of its own; all but one are off and give zeros, so the row is the OR of what they read.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from openlpu.chip import EAST, WEST, Chip
 from openlpu.errors import DoesNotFit
 from openlpu.graph import Op
 from openlpu.schedule import layout as layouts
+from openlpu.schedule.constants import WORD
 from openlpu.schedule.deliver import Send, Visit, deliver
 from openlpu.schedule.expression import Expression, Leaf, Node, Operand
-from openlpu.schedule.lower import WORD, Lowering
+from openlpu.schedule.lower import Lowering
 from openlpu.schedule.memory import QUAD, Buffer, Memory
 from openlpu.schedule.ports import Ports
 from openlpu.schedule.weights import Fill, WeightStore
@@ -30,9 +31,9 @@ _KEPT_WORDS = 1024
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingTable:
-    """rows_per_slice tokens lie in each of `slices`, `vectors` words a token from words[i] on. A word
-    of a scales buffer holds those of scale_tokens tokens; each buffer has scale_words of them (and,
-    for scales of groups, as many again for each further vector)."""
+    """rows_per_slice tokens lie in each of `slices`, `vectors` words a token from words[i] on. A
+    word of a scales buffer holds those of scale_tokens tokens; each buffer has scale_words of them
+    (and, for scales of groups, as many again for each further vector)."""
 
     slices: tuple[int, ...]
     words: tuple[int, ...]
@@ -47,8 +48,8 @@ class EmbeddingTable:
 def place_rows(
     memory: Memory, vocabulary: int, vectors: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Reserve `vectors` words for each token, slices of both hemispheres by turns, inner ones first:
-    slices, first words, tokens a slice."""
+    """Reserve `vectors` words for each token, slices of both hemispheres by turns, inner ones
+    first: slices, first words, tokens a slice."""
     chip = memory.chip
     half = chip.slices_per_hemisphere
     quiet = (

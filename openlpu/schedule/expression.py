@@ -1,16 +1,16 @@
 """In: lane operations on vectors. Out: their cycles relative to each other, modulo an interval.
 
-An Expression is what the VXM does to one element (one row): inputs that can be fetched at any cycle,
-operations, outputs. It is arranged backwards, each operation as late as its readers allow, so that
-values wait as little as possible: an ALU's result can be read for history_cycles only. Elements
-follow each other every `interval` cycles.
+An Expression is what the VXM does to one element (one row): inputs that can be fetched at any
+cycle, operations, outputs. It is arranged backwards, each operation as late as its readers allow,
+so that values wait as little as possible: an ALU's result can be read for history_cycles only.
+Elements follow each other every `interval` cycles.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
-from typing import Union
+from typing import TypeAlias
 
 from openlpu import isa
 from openlpu.chip import EAST, Chip
@@ -52,7 +52,7 @@ class Node:
     at: int = 0
 
 
-Operand = Union[Node, Leaf, int]  # an int is an immediate: 32 bits
+Operand: TypeAlias = "Node | Leaf | int"  # an int is an immediate: 32 bits
 
 
 def bits(value: float) -> int:

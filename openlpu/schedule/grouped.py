@@ -1,9 +1,10 @@
-"""In: linears with weights in groups of 32, and what they read. Out: tasks for groups, their sums in order.
+"""In: linears with weights in groups of 32, and what they read. Out: tasks for groups, their sums
+in order.
 
-A row is quantized by groups of 32 lanes. For each group a copy of its bytes, zero outside the group,
-meets the plane's weights: one product vector a group. The VXM scales the products and adds them in
-the order of the groups. A group's scale and the sum of its bytes come into every lane by products
-too: with a plane of chosen weights for the scale's bytes, and a plane of ones for the sum.
+A row is quantized by groups of 32 lanes. For each group a copy of its bytes, zero outside the
+group, meets the plane's weights: one product vector a group. The VXM scales the products and adds
+them in the order of the groups. A group's scale and the sum of its bytes come into every lane by
+products too: with a plane of chosen weights for the scale's bytes, and a plane of ones for the sum.
 """
 
 from __future__ import annotations
@@ -17,17 +18,12 @@ from openlpu.errors import DoesNotFit, UnsupportedModel
 from openlpu.graph import Op, Param
 from openlpu.graph.ops import BLOCK_FORMATS, weights_and_biases
 from openlpu.numerics import GROUP, SUPERLANE
+from openlpu.schedule.constants import BYTE, WORD
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand
+from openlpu.schedule.functions import inverse_root, quantization_scale, quantization_step
 from openlpu.schedule.grouped_weights import HALF, GroupedStore
 from openlpu.schedule.layout import Layout
-from openlpu.schedule.lower import (
-    BYTE,
-    WORD,
-    Lowering,
-    _root,
-    quantization_scale,
-    quantization_step,
-)
+from openlpu.schedule.lower import Lowering
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
 from openlpu.schedule.memory import Buffer
 from openlpu.schedule.reduce import reduce_lanes
@@ -96,7 +92,6 @@ class Grouped:
             )
         self._rows: dict[str, Rows] = {}
         self._known: dict[tuple[str, bytes], Buffer] = {}
-        self._tiles: dict[tuple[int, int, bytes], tuple[list[Tile], int]] = {}
         self._plane = 0
 
     # -- rows to int8 ---------------------------------------------------------------------------
@@ -163,7 +158,7 @@ class Grouped:
         words, top = low._with_largest(source, layout, f"{norm.out} rmsnorm")
         amax, sums = low._squares(words, top, None)
         e = Expression()
-        inverse = _root(e, sums, Leaf(amax), low.width_of(source), norm.number("eps"))
+        inverse = inverse_root(e, sums, Leaf(amax), low.width_of(source), norm.number("eps"))
         values: list[Operand] = []
         for word, row in zip(words, layout, strict=True):
             y = e.op("fmul", Leaf(word), inverse)
@@ -377,7 +372,7 @@ class Grouped:
         for k in dict.fromkeys(x.places[g].vector for g in groups):
             mine = [g for g in groups if x.places[g].vector == k]
             key = (place, k, outputs.tobytes())
-            if key not in self._tiles:
+            if key not in self.store.tiles:
                 side = None if by_rows else self.store.side_of(place, outputs)
                 plane = self._next_plane(side)
                 where = (outputs, plane, form)
@@ -385,8 +380,8 @@ class Grouped:
                     tiles = self.store.by_rows(place, x.layout[k], *where, layered=layered)
                 else:
                     tiles = self.store.by_columns(place, k, x.layout[k], *where, layered=layered)
-                self._tiles[key] = tiles, plane
-            tiles, plane = self._tiles[key]
+                self.store.tiles[key] = tiles, plane
+            tiles, plane = self.store.tiles[key]
             first = x.places[mine[0]].number
             found.append(_Job(k, first, len(mine), mine, tiles, plane))
         return found

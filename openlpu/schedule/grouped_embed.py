@@ -1,4 +1,5 @@
-"""In: a table in blocks of 32 and token ids as addresses. Out: tasks that bring a token's row to the stream.
+"""In: a table in blocks of 32 and token ids as addresses. Out: tasks that bring a token's row to
+the stream.
 
 Rows lie as in embed, 4-bit ones with two vectors in a word. The scales of 16 tokens share a word of
 halves, one in each lane of a superlane: that of the group to which the superlane's features belong.
@@ -17,6 +18,7 @@ from openlpu.errors import DoesNotFit
 from openlpu.graph import Op
 from openlpu.numerics import GROUP, SUPERLANE
 from openlpu.schedule import layout as layouts
+from openlpu.schedule.constants import WORD
 from openlpu.schedule.embed import (
     SCALE_BASES,
     EmbeddingTable,
@@ -28,7 +30,7 @@ from openlpu.schedule.embed import (
 )
 from openlpu.schedule.expression import Expression, Leaf, Node, Operand
 from openlpu.schedule.grouped_weights import HALF
-from openlpu.schedule.lower import WORD, Lowering
+from openlpu.schedule.lower import Lowering
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.ports import Ports
 from openlpu.schedule.reduce import reduce_lanes
@@ -37,9 +39,7 @@ from openlpu.schedule.weights import Fill, WeightStore
 _ABS = 0x7FFFFFFF
 
 
-def place_grouped_table(
-    op: Op, place: int, memory: Memory, store: WeightStore
-) -> EmbeddingTable:
+def place_grouped_table(op: Op, place: int, memory: Memory, store: WeightStore) -> EmbeddingTable:
     """Reserve the table's memory."""
     chip = memory.chip
     param = op.params[0]
@@ -53,9 +53,7 @@ def place_grouped_table(
     for i, (s, word) in enumerate(zip(slices, words, strict=True)):
         tokens = min(per, vocabulary - i * per)
 
-        def build(
-            tensors: object, first: int = i * per, tokens: int = tokens
-        ) -> NDArray[np.uint8]:
+        def build(tensors: object, first: int = i * per, tokens: int = tokens) -> NDArray[np.uint8]:
             assert isinstance(tensors, dict)
             q = tensors["weight"][first : first + tokens][:, np.maximum(flat, 0)]
             q = np.where(flat >= 0, q, 0).astype(np.int8).reshape(tokens, vectors, chip.lanes)
@@ -69,9 +67,7 @@ def place_grouped_table(
         store.fills.append(Fill(place, (s,), (word,), build, "table"))
     names = ("scale", "minimum") if param.format == "q4_1" else ("scale",)
     scales, per_buffer = _place_scales(place, names, vocabulary, flat, memory, store)
-    return EmbeddingTable(
-        slices, words, per, kept, scales, SUPERLANE, per_buffer, vocabulary
-    )
+    return EmbeddingTable(slices, words, per, kept, scales, SUPERLANE, per_buffer, vocabulary)
 
 
 def _place_scales(
@@ -119,9 +115,7 @@ def _place_scales(
             at = np.minimum(tokens, vocabulary - 1), np.maximum(groups, 0)
             halves = np.stack([np.where(used, tensors[name][at], 0) for name in names])
             planes = halves.astype("<f2").reshape(-1, chip.lanes).view(np.uint8)
-            return np.ascontiguousarray(
-                planes.reshape(-1, chip.lanes, HALF).transpose(2, 0, 1)
-            )
+            return np.ascontiguousarray(planes.reshape(-1, chip.lanes, HALF).transpose(2, 0, 1))
 
         store.fills.append(Fill(place, slices, words, build, "table"))
         base = SCALE_BASES[words[0] // chip.words_per_bank]

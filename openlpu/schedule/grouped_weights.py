@@ -1,4 +1,5 @@
-"""In: layouts of a grouped linear's input and output. Out: where its weights and scales lie, their bytes.
+"""In: layouts of a grouped linear's input and output. Out: where its weights and scales lie, their
+bytes.
 
 4-bit integers lie two in a byte: the low nibbles of a word are one group of vectors of a plane, the
 high nibbles another, so a word is read once for each and unpacked by the plane's load. Scales and
@@ -40,6 +41,8 @@ class GroupedStore:
     def __init__(self, store: WeightStore) -> None:
         self.store = store
         self.chip = store.memory.chip
+        # (place, input vector, output vector's features) -> its tiles and their plane
+        self.tiles: dict[tuple[int, int, bytes], tuple[list[Tile], int]] = {}
         self._columns: dict[tuple[int, int, int, _Part], Stored] = {}
         self._scales: dict[tuple[int, str, bytes], Buffer] = {}
         self._constants: dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}

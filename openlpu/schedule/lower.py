@@ -1,7 +1,7 @@
 """In: plain ops and the layouts that their readers want. Out: tasks of a section, op by op.
 
-Values are pulled: whoever needs a value in a layout asks for it, and what makes it follows. Row-wise
-values are words [vectors] of rows; quantized ones bytes in both hemispheres, with a scale.
+Values are pulled: whoever needs a value in a layout asks for it, and what makes it follows. Row-
+wise values are words [vectors] of rows; quantized ones bytes in both hemispheres, with a scale.
 """
 
 from __future__ import annotations
@@ -18,19 +18,28 @@ from openlpu.errors import UnsupportedModel
 from openlpu.graph import Op
 from openlpu.graph.ops import weights_and_biases
 from openlpu.numerics import SUPERLANE
-from openlpu.numerics.functions import EXP2_COEFFICIENTS, EXP2_LIMIT, LOG2E, NORM_LEVELS
-from openlpu.numerics.quant import R127, TINY
+from openlpu.numerics.functions import NORM_LEVELS
+from openlpu.numerics.quant import TINY
 from openlpu.schedule import layout as layouts
+from openlpu.schedule.constants import BYTE, WORD, Constants
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand
+from openlpu.schedule.functions import (
+    MAGNITUDE,
+    as_node,
+    inverse_root,
+    joined,
+    poisoned,
+    quantization_scale,
+    quantization_step,
+    silu,
+)
 from openlpu.schedule.layout import Layout
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.reduce import reduce_lanes
-from openlpu.schedule.section import LAYER_BASE, SectionBuilder
-from openlpu.schedule.weights import Fill, WeightStore
+from openlpu.schedule.section import SectionBuilder
+from openlpu.schedule.weights import WeightStore
 
-WORD, BYTE = 4, 1
-_ABS, _INF, _NAN = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
 FEW_VECTORS = 6  # of a value that one expression makes
 _FEW_TILES = 24  # of a plane in one product; latency counts more than full streams
 Tensors = Mapping[str, NDArray[np.generic]]
@@ -57,58 +66,6 @@ class GroupedLinears(Protocol):
     """Gives the vectors of a linear whose weights lie in blocks, in memory."""
 
     def words(self, value: str, layout: Layout, into: list[Buffer] | None) -> list[Buffer]: ...
-
-
-class Constants:
-    """Words and bytes that are the same for all rows, each kept once."""
-
-    def __init__(self, memory: Memory, store: WeightStore) -> None:
-        self.memory = memory
-        self._store = store
-        self._known: dict[tuple[object, ...], Buffer] = {}
-        self._turn = 0
-
-    def lanes(self, values: NDArray[np.int32], width: int = WORD) -> Buffer:
-        """The low `width` bytes of int32 [lanes]."""
-        key = (values.tobytes(), width)
-        if key not in self._known:
-            planes = np.ascontiguousarray(values.astype("<i4")).view(np.uint8).reshape(-1, 4)
-            buffer = self._place(width, 1, layered=False)
-            for b, (s, word) in enumerate(zip(buffer.slices, buffer.words, strict=True)):
-                self.memory.put(s, word, np.ascontiguousarray(planes[None, :, b]), "constants")
-            self._known[key] = buffer
-        return self._known[key]
-
-    def of_op(
-        self, place: int, name: str, layout: Layout, *, layered: bool, key: object = None
-    ) -> Buffer:
-        """float32 `name` of an op's tensors in the lanes of a layout [lanes], 0 where it is empty."""
-        where = (place, name, layout.tobytes(), layered)
-        if where not in self._known:
-            buffer = self._place(WORD, 1, layered=layered)
-
-            def build(tensors: object) -> NDArray[np.uint8]:
-                assert isinstance(tensors, dict)
-                table = layouts.lane_table(layout, tensors[name].astype("<f4"))
-                planes = np.ascontiguousarray(table).view(np.uint8).reshape(-1, 4)
-                return np.ascontiguousarray(planes.T[:, None, :])
-
-            self._store.fills.append(Fill(place, buffer.slices, buffer.words, build, "constants"))
-            self._known[where] = buffer
-        return self._known[where]
-
-    def _place(self, width: int, words: int, *, layered: bool) -> Buffer:
-        self._turn += 1
-        side = self._turn % 2
-        if width == WORD:
-            quad = self.memory.quad_for_constants("weights", side, words, layered=layered)
-        else:
-            quad = self.memory.emptiest("weights", side, 1)[0]
-        first = quad + (self._turn // 2 % (4 // width)) * width if width < 4 else quad
-        slices = tuple(range(first, first + width))
-        take = self.memory.layered if layered else self.memory.fixed
-        at = tuple(take("weights", s, words) for s in slices)
-        return Buffer(slices, at, words, 0, LAYER_BASE if layered else 0)
 
 
 class Lowering:
@@ -202,11 +159,11 @@ class Lowering:
         buffers = into or [self.scratch() for _ in layout]
         sizes: list[Node] = []
         for v, buffer in enumerate(buffers):
-            node = _node(e, self._operand(e, value, layout, v))
+            node = as_node(e, self._operand(e, value, layout, v))
             e.write(node, buffer)
-            sizes.append(e.op("and", node, _ABS))
+            sizes.append(e.op("and", node, MAGNITUDE))
         pair = top or self.both_sides()
-        e.write(_joined(e, "max", sizes), *pair)
+        e.write(joined(e, "max", sizes), *pair)
         *words, west, east = self.evaluate(e, *buffers, *pair)
         self.know(value, layout, words)
         self.know_top(value, layout, (west, east))
@@ -222,8 +179,8 @@ class Lowering:
         """One vector of a value, and the bits of its largest magnitude within each mask's lanes."""
         self.prepare(value, layout)
         e = Expression()
-        node = _node(e, self._operand(e, value, layout, v))
-        size = e.op("and", node, _ABS)
+        node = as_node(e, self._operand(e, value, layout, v))
+        size = e.op("and", node, MAGNITUDE)
         buffer, pairs = self.scratch(), []
         e.write(node, buffer)
         for mask in masks:
@@ -518,7 +475,7 @@ class Lowering:
         words, top = self._with_largest(norm.src[0], layout, f"{norm.out} rmsnorm")
         amax, sums = self._squares(words, top, None)
         e = Expression()
-        inverse = _root(e, sums, Leaf(amax), self.width_of(norm.src[0]), norm.number("eps"))
+        inverse = inverse_root(e, sums, Leaf(amax), self.width_of(norm.src[0]), norm.number("eps"))
         limited, step = quantization_step(e, e.op("fmul", Leaf(amax), inverse))
         self.b.tag(f"{op.out} quant")
         values: list[Operand] = [e.op("fmul", Leaf(word), inverse) for word in words]
@@ -535,7 +492,7 @@ class Lowering:
         e = Expression()
         top: Operand | None = None
         for word in words:
-            size = e.op("and", Leaf(word), _ABS)
+            size = e.op("and", Leaf(word), MAGNITUDE)
             top = size if top is None else e.op("max", top, size)
         assert top is not None
         if mask is not None:
@@ -565,7 +522,7 @@ class Lowering:
                 x = y
             scaled = [e.op("fmul", value, 0.25) for value in x]
             outs = [self.scratch() for _ in scaled]
-            top: list[Node] = [e.op("and", value, _ABS) for value in scaled]
+            top: list[Node] = [e.op("and", value, MAGNITUDE) for value in scaled]
             while len(top) > 1:
                 top = [e.op("max", a, b) for a, b in zip(top[::2], top[1::2], strict=True)]
             for value, out in zip(scaled, outs, strict=True):
@@ -639,7 +596,7 @@ class Lowering:
         amax, sums = self._squares(words, self.largest(words, mask), mask)
         e = Expression()
         inverse = self.scratch()
-        e.write(_root(e, sums, Leaf(amax), width, eps), inverse)
+        e.write(inverse_root(e, sums, Leaf(amax), width, eps), inverse)
         return amax, self.evaluate(e, inverse)[0]
 
     def _squares(
@@ -698,71 +655,3 @@ class Lowering:
         buffer = self.constants._known[key]
         count = self.chip.lanes // self.chip.install_streams
         return Tile(buffer.slices, buffer.words, tuple((g, 0, 1) for g in range(count)), True)
-
-
-def _root(e: Expression, sums: list[Accumulator], amax: Leaf, width: int, eps: float) -> Node:
-    """1 / sqrt(mean + eps) from limb sums."""
-    parts = [
-        e.op("itof", e.op("add", e.op("shl", Leaf(sums[i]), 8), Leaf(sums[i + 1])))
-        for i in (0, 2, 4)
-    ]
-    total = e.op("fadd", e.op("fmul", parts[0], 65536.0), e.op("fmul", parts[1], 512.0))
-    mean = e.op("fdiv", e.op("fadd", total, parts[2]), float(width))
-    unit = e.op("fdiv", amax, float(NORM_LEVELS))
-    square = e.op("fmul", mean, e.op("fmul", unit, unit))
-    root = e.op("fsqrt", e.op("fadd", square, float(np.float32(eps))))
-    return e.op("fdiv", 1.0, root)
-
-
-def _node(e: Expression, value: Operand) -> Node:
-    return value if isinstance(value, Node) else e.op("mov", value)
-
-
-def _joined(e: Expression, op: str, values: list[Node]) -> Node:
-    """All values by one operation, two by two."""
-    while len(values) > 1:
-        rest = values[len(values) // 2 * 2 :]
-        values = [e.op(op, a, b) for a, b in zip(values[::2], values[1::2], strict=False)] + rest
-    return values[0]
-
-
-def poisoned(e: Expression, amax_bits: Operand) -> Node:
-    """A magnitude's bits as float32, NaN where the row holds an infinity or a NaN."""
-    return e.op("sel", e.op("le", _INF, amax_bits), _NAN, amax_bits)
-
-
-def quantization_step(e: Expression, amax_bits: Operand) -> tuple[Node, Node]:
-    """(amax, 127 / amax or 0): numerics section 2."""
-    amax = poisoned(e, amax_bits)
-    usable = e.op("fle", float(TINY), amax)
-    return amax, e.op("sel", usable, e.op("fdiv", 127.0, amax), 0)
-
-
-def quantization_scale(e: Expression, amax: Operand) -> Node:
-    return e.op("sel", e.op("flt", amax, float(TINY)), 0, e.op("fmul", amax, float(R127)))
-
-
-def exp2(e: Expression, t: Operand, *, below_zero: bool = False) -> Node:
-    """numerics section 4. below_zero: t is at most 0 or a NaN, so one of the limits is enough."""
-    low, high = -float(EXP2_LIMIT), float(EXP2_LIMIT)
-    t = e.op("sel", e.op("flt", low, t), t, low)
-    if not below_zero:
-        t = e.op("sel", e.op("flt", t, high), t, high)
-    n = e.op("frint", t)
-    f = e.op("fsub", t, n)
-    p: Operand = e.op("mov", bits_of(EXP2_COEFFICIENTS[-1]))
-    for c in (*(float(c) for c in EXP2_COEFFICIENTS[-2::-1]), 1.0):
-        p = e.op("fadd", e.op("fmul", p, f), c)
-    power = e.op("shl", e.op("add", e.op("ftoi", n), 127), 23)
-    return e.op("fmul", p, power)
-
-
-def bits_of(value: np.float32) -> int:
-    return int(np.float32(value).view(np.int32))
-
-
-def silu(e: Expression, g: Operand) -> Node:
-    """g / (1 + 2^(-g log2 e)); the negation is exact."""
-    negative = e.op("xor", g, -(1 << 31))
-    below = e.op("fadd", exp2(e, e.op("fmul", negative, float(LOG2E))), 1.0)
-    return e.op("fdiv", g, below)

@@ -1,8 +1,8 @@
 """In: what must lie in memory. Out: where: slice and word, by region and bank; the image of it.
 
 Each bank of each region is filled from both ends: from the bottom with what every layer has (at the
-same offset in each layer's part, so that a base register for each bank moves a section from layer to
-layer), from the top with what exists once. How far apart layers lie is known when all is placed.
+same offset in each layer's part, so that a base register for each bank moves a section from layer
+to layer), from the top with what exists once. How far apart layers lie is known when all is placed.
 """
 
 from __future__ import annotations
@@ -50,6 +50,15 @@ class Buffer:
         return len(self.slices)
 
 
+def region_of_table(chip: Chip, name: str) -> Region:
+    """The region named for the embedding table, or by default that of the weights. Raises
+    RequestError for a name that the chip does not have."""
+    named = {region.name: region for region in chip.regions}
+    if name and name not in named:
+        raise RequestError(f"{chip.name} has no region {name!r}; it has {', '.join(named)}")
+    return named[name] if name else chip.region("weights")
+
+
 class Memory:
     """Places buffers and collects the image."""
 
@@ -60,13 +69,7 @@ class Memory:
         by default it goes where the weights go."""
         self.chip = chip
         self.layers = layers
-        self._table_region = chip.region("weights")
-        if table_region:
-            named = {region.name: region for region in chip.regions}
-            if table_region not in named:
-                known = ", ".join(named)
-                raise RequestError(f"{chip.name} has no region {table_region!r}; it has {known}")
-            self._table_region = named[table_region]
+        self._table = region_of_table(chip, table_region)
         self._spans: dict[tuple[str, int, int], _Span] = {}
         for region in chip.regions:
             for bank in range(chip.banks):
@@ -88,7 +91,7 @@ class Memory:
 
     def region(self, purpose: str) -> Region:
         """The region for a purpose of the chip file, or for the "table"."""
-        return self._table_region if purpose == "table" else self.chip.region(purpose)
+        return self._table if purpose == "table" else self.chip.region(purpose)
 
     # -- lasting places -------------------------------------------------------------------------
 

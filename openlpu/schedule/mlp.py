@@ -1,7 +1,8 @@
-"""In: the weights of one MLP and a Chip. Out: a Program of it alone: x in, down(swiglu(gate, up)) out.
+"""In: the weights of one MLP and a Chip. Out: a Program of it alone: x in, down(swiglu(gate, up))
+out.
 
-What a layer's second half is made of, without the layer: to measure how near a product that is bound
-by weight install comes to its bound.
+What a layer's second half is made of, without the layer: to measure how near a product that is
+bound by weight install comes to its bound.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from openlpu.graph import Op, Param, attrs
 from openlpu.numerics import SUPERLANE
 from openlpu.program import Program, Run
 from openlpu.schedule import layout as layouts
-from openlpu.schedule.lower import Constants, Lowering
-from openlpu.schedule.maps import Maps
+from openlpu.schedule.constants import Constants
+from openlpu.schedule.layout import Maps
+from openlpu.schedule.lower import Lowering
 from openlpu.schedule.memory import Memory
 from openlpu.schedule.ports import Ports
 from openlpu.schedule.section import SectionBuilder

@@ -79,7 +79,7 @@ class Ports:
         return self._port("position", self._every_lane(), WORD, self.rows, "in")[0]
 
     def first_visible(self) -> Buffer | None:
-        """The first position a row sees, per layer, in every lane; None if no layer has a window."""
+        """The first position a row sees, per layer, in every lane; None without windows."""
         if not self.windows:
             return None
         rows = self.rows * self.layers
@@ -95,7 +95,7 @@ class Ports:
         return found[0], found[1]
 
     def key_address(self, unit: int) -> tuple[Buffer, int]:
-        """int16 offsets (-1: not here) for the slices of each unit's tiles; (vector, first lane)."""
+        """int16 offsets (-1: not here) for the slices of a unit's tiles; (vector, first lane)."""
         width = self.chip.install_streams
         per = self.chip.lanes // (2 * width)
         return self._address("keys.address", unit // per, unit % per * 2 * width, per)

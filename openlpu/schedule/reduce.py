@@ -1,7 +1,8 @@
 """In: vectors of 32-bit words. Out: their maximum over lanes, in every lane.
 
-Two trips through the SXM: the lanes of each superlane, then the superlanes of each segment. On a trip
-one read feeds several rotations in both hemispheres at once, and the VXM joins all copies in a tree.
+Two trips through the SXM: the lanes of each superlane, then the superlanes of each segment. On a
+trip one read feeds several rotations in both hemispheres at once, and the VXM joins all copies in a
+tree.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def reduce_lanes(
     count: int,
     outputs: tuple[Buffer, ...],
 ) -> tuple[Buffer, ...]:
-    """Maximum (op max or fmax) over each `segment` lanes of `count` elements, in all of those lanes.
+    """Maximum (op max or fmax) over each `segment` lanes of `count` elements, in all of those
+    lanes.
 
     west and east hold the same values in their hemispheres; outputs: at most one in each."""
     lanes = builder.chip.superlane_lanes
@@ -113,12 +115,12 @@ def _trip(
         x = flow.end
         for b, (s, word) in enumerate(zip(source.slices, source.words, strict=True)):
             begin = begun + at - abs(x - chip.mem_position(s)) - chip.latency.mem_read
-            args = (word, source.step if count > 1 else 0, source.base, builder.number(flow, b))
-            builder.issue(begin, s, "read", args, count, interval)
+            read = (word, source.step if count > 1 else 0, source.base, builder.number(flow, b))
+            builder.issue(begin, s, "read", read, count, interval)
     for at, name, amount, src, dst, slot, take in permutes:
-        args = (builder.number(src), builder.number(dst), 1, int(take), amount)
+        move = (builder.number(src), builder.number(dst), 1, int(take), amount)
         assert isinstance(slot.chosen, int)
-        builder.issue(begun + at, slot.chosen, name, args, count, interval)
+        builder.issue(begun + at, slot.chosen, name, move, count, interval)
     ends, width = [0, 0], 0
     written = []
     for buffer, flow in zip(outputs, stores, strict=True):

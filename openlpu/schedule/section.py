@@ -19,7 +19,7 @@ from openlpu.schedule.expression import (
     arrange,
     side_of,
 )
-from openlpu.schedule.maps import Maps
+from openlpu.schedule.layout import Maps
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.table import Flow, InItsOwnWayError, Request, Slot, Table, burst
 
@@ -73,7 +73,7 @@ class SectionBuilder:
     def evaluate(
         self, expression: Expression, count: int, *, earliest: int = 0
     ) -> dict[Buffer, Buffer]:
-        """Place an expression over `count` elements; the buffers it writes, now with their times."""
+        """Place an expression over `count` elements; the buffers it writes, with their times."""
         for alus in range(self.chip.alus, 0, -1):  # a looser arrangement where one collides
             try:
                 return self._evaluate(expression, count, earliest, alus)
@@ -113,7 +113,7 @@ class SectionBuilder:
         return isa.latency(self.chip, isa.KINDS[op])
 
     def fetch(self, request: Request, leaf: Leaf, at: int, bits: int) -> tuple[Flow, int]:
-        """Reserve the way of a leaf to the VXM, to be there at `at`; its flow, and when it begins."""
+        """Reserve the way of a leaf to the VXM, to be there at `at`; its flow, its beginning."""
         chip, source = self.chip, leaf.source
         side = side_of(source, chip)
         inward = EAST if side == WEST else WEST
@@ -208,8 +208,8 @@ class SectionBuilder:
             x = chip.mxm_position(source.plane)
             begin = at - abs(x - chip.vxm_position) - chip.latency.mxm_out
             step = source.step if count > 1 else 0
-            args = (source.slot, step, self.number(flow))
-            self.issue(begin, self.queue("out", source.plane), "out", args, count, interval)
+            out = (source.slot, step, self.number(flow))
+            self.issue(begin, self.queue("out", source.plane), "out", out, count, interval)
             freed = (begin + (count - 1) * interval + 1, source.slot, count)
             self.planes[source.plane].free.append(freed)
             return

@@ -1,4 +1,5 @@
-"""In: what a task occupies, relative to its start. Out: the earliest start that collides with nothing.
+"""In: what a task occupies, relative to its start. Out: the earliest start that collides with
+nothing.
 
 The reservation table holds one bit per cycle: of each port and queue, and of each stream register.
 A stream register's cycles are kept in the frame that moves with the stream, where a value that

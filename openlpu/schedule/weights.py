@@ -1,8 +1,8 @@
 """In: layouts of a linear's input and output. Out: tiles: where its weights lie, and their bytes.
 
 A tile is stored by columns (a word is one output's weights over 16 or more inputs) or by rows (one
-input's weights over the outputs), whichever takes fewer words. Columns can be loaded in any order, so
-one copy serves several output layouts.
+input's weights over the outputs), whichever takes fewer words. Columns can be loaded in any order,
+so one copy serves several output layouts.
 """
 
 from __future__ import annotations

@@ -118,8 +118,7 @@ class Driver:
             elif kind == "lane":
                 self._write(port, self._one_hot(positions, self._lane(positions), 0))
             elif port.name == "embed.lane":
-                lane = np.where(positions >= 0, tokens % self.chip.lanes, -1)
-                self._write(port, self._one_hot(positions, lane, -1, hidden=0).astype("<i1"))
+                self._write(port, self._scale_lanes(positions, tokens))
             elif port.name == "embed.address":
                 self._write(port, self._token_address(port, tokens))
             elif port.name == "keys.address":
@@ -152,14 +151,23 @@ class Driver:
         ]
         return np.concatenate(parts)[:, None].astype("<i4")
 
+    def _scale_lanes(self, positions: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[Any]:
+        """-1 in the lanes of a word that hold a token's scales: one lane, or one a superlane."""
+        shared = self.meta["table"]["scale_tokens"]
+        lanes = np.arange(self.chip.lanes) % shared
+        mine = (lanes == tokens[:, None] % shared) & (positions >= 0)[:, None]
+        return np.where(mine, -1, 0).astype("<i1")
+
     def _token_address(self, port: Port, tokens: NDArray[np.int64]) -> NDArray[Any]:
-        """Bytes of the int16 base of every slice of the table, then of its scales' four slices."""
+        """Bytes of the int16 base of every slice of the table, then of those of its scales."""
         table = self.meta["table"]
         bases = np.full((len(tokens), port.features.size // 2), -1, "<i2")
         for row, token in enumerate(tokens):
             index, offset = divmod(int(token), table["rows_per_slice"])
             bases[row, index] = offset * table["vectors"]
-            bases[row, table["slices"] : table["slices"] + 4] = token // self.chip.lanes
+            index, word = divmod(int(token) // table["scale_tokens"], table["scale_words"])
+            first = table["slices"] + index * table["scale_slices"]
+            bases[row, first : first + table["scale_slices"]] = word
         return bases.view("<i1")
 
     def _address(self, port: Port, positions: NDArray[np.int64], *, keys: bool) -> NDArray[Any]:
@@ -192,7 +200,8 @@ def _to_lanes(port: Port, values: NDArray[Any]) -> NDArray[np.uint8]:
     rows = values[:, np.maximum(port.features, 0)]
     rows = np.where(port.features >= 0, rows, 0).astype(values.dtype)
     split = np.ascontiguousarray(rows).view(np.uint8).reshape(*rows.shape, values.dtype.itemsize)
-    return np.ascontiguousarray(split.transpose(0, 1, 3, 2))
+    ordered: NDArray[np.uint8] = np.ascontiguousarray(split.transpose(0, 1, 3, 2))
+    return ordered
 
 
 def _from_lanes(
