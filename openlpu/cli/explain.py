@@ -150,7 +150,8 @@ def _text(report: dict[str, Any], most_rows: int | None) -> str:
         )
         + "\n",
         memory_table(report),
-        f"instructions: {report['text_bytes']:,} bytes, {report['fetched_bytes']:,} fetched a step\n",
+        f"instructions: {report['text_bytes']:,} bytes, "
+        f"{report['fetched_bytes']:,} fetched in a step\n",
     ]
     return "".join(parts)
 

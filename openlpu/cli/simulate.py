@@ -17,13 +17,13 @@ import typer
 from openlpu.cli import options
 from openlpu.cli.run import read_stdin
 from openlpu.cli.terminal import Progress, note, write, write_json
-from openlpu.errors import RequestError
+from openlpu.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from openlpu.chip import Chip
     from openlpu.engine import Stream
     from openlpu.engine.compiled import Compiled
-    from openlpu.engine.onchip import Checked, ChipStep, MachineName, OnChip
+    from openlpu.engine.onchip import Checked, ChipStep, Facts, MachineName, OnChip
     from openlpu.load.checkpoint import Checkpoint
 
 
@@ -120,14 +120,19 @@ def _machine(name: str) -> MachineName:
     raise RequestError(f"machine is {name!r}; give one of: {', '.join(MACHINES)}")
 
 
-def _opened(facts: Any, chosen: str, progress: Progress) -> tuple[Checkpoint, Compiled]:
+def _opened(facts: Facts, chosen: str, progress: Progress) -> tuple[Checkpoint, Compiled]:
     """The checkpoint that the program was compiled from, as far as its tokenizer tells."""
     from openlpu.engine.model import open_model
 
     name = chosen or facts.checkpoint
     if not name:
         raise RequestError("the program does not say where its tokenizer is; give --model")
-    checkpoint, compiled = open_model(name, precision=facts.precision, progress=progress)
+    try:
+        checkpoint, compiled = open_model(name, precision=facts.precision, progress=progress)
+    except CheckpointError as error:
+        if chosen:
+            raise
+        raise CheckpointError(f"{error}; the program names it so, --model names another") from None
     if compiled.config.vocab_size != facts.vocabulary:
         raise RequestError(
             f"{name} has {compiled.config.vocab_size:,} tokens, the program {facts.vocabulary:,}; "
@@ -245,6 +250,8 @@ def _figures(report: dict[str, Any]) -> str:
             f": {part['seconds'] * 1e3:,.3f} ms on the chip, {part['tokens_per_s']:,.0f} tokens/s"
         )
     here, check = report["simulation"], report["check"]
+    if report["seed"] is not None:
+        lines[-1] += f", seed {report['seed']}"
     lines.append(
         f"{'cycles':9}{report['cycles']:,}, as predicted in each of {report['steps']:,} steps: "
         f"{report['seconds'] * 1e3:,.3f} ms on {report['chip']} at "

@@ -9,7 +9,7 @@ other bases; head. The plan of a step:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from openlpu.schedule.context import (
     PLACE_BASE,
     ROW_BASE,
     SCALE_BASE,
+    Cache,
     geometry,
     place_cache,
     place_state,
@@ -73,8 +74,8 @@ def build_program(
     effort: int = 1,
     progress: Progress | None = None,
 ) -> Program:
-    """effort: how many placements of scratch are tried for the section that binds, the shortest
-    schedule is kept. Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no
+    """effort: how many placements of scratch are tried; of each section the shortest schedule is
+    kept. Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no
     sense."""
     _check_sizes(sizes)
     model = parts(plain(graph))
@@ -82,9 +83,11 @@ def build_program(
     refused: DoesNotFit | None = None
     for scratch_words in _SCRATCH_WORDS:
         try:
-            return _Build(
-                graph, model, source, chip, sizes, scratch_words, effort, progress
-            ).program()
+            builds = [
+                _Build(graph, model, source, chip, sizes, scratch_words, progress)
+                for _ in range(effort)
+            ]
+            return builds[0].program(builds[1:])
         except DoesNotFit as error:
             if not error.resource.startswith("scratch"):
                 raise refused or error from None
@@ -113,12 +116,10 @@ class _Build:
         chip: Chip,
         sizes: Sizes,
         scratch_words: int,
-        effort: int,
         progress: Progress | None,
     ) -> None:
         self.graph, self.model, self.source = graph, model, source
         self.chip, self.sizes, self.progress = chip, sizes, progress
-        self.effort = effort
         self.memory = Memory(
             chip,
             layers=len(model.layers),
@@ -141,30 +142,14 @@ class _Build:
         body = model.layers[0]
         self.body = (*body.before, body.attention, *body.after)
 
-    def program(self) -> Program:
-        place = place_grouped_table if self.in_blocks else place_table
-        table = place(self.model.embed, -1, self.memory, self.store)
-        width = self.model.embed.params[0].shape[1]
-        self.dense = layouts.dense(width, self.chip)
-        self.stream = [self.ports.static(4, self.sizes.rows, None) for _ in self.dense]
-        west, east = (self.ports.static(4, self.sizes.rows, side) for side in (0, 1))
-        self.stream_top = (west, east)  # magnitudes, the larger ones of its vectors
-        cache = place_cache(self.geometry, self.memory, self.chip.planes_per_hemisphere)
-        state = place_state(self.geometry, self.ports, self.sizes.rows)
-        attention = Attention(self.geometry, cache, state, self.ports)
-        # The head first: its tiles keep the streams full, and get the quads that suit them best.
-        stages: dict[str, Callable[[], Section]] = {
-            "head": self._head,
-            "before": lambda: self._before(attention),
-            "attend": lambda: self._attend(attention),
-            "after": lambda: self._after(attention),
-            "embed": lambda: self._embed(table),
-        }
-        made: dict[str, Section] = {}
-        for i, (name, stage) in enumerate(stages.items()):
-            self._tell("schedule " + name, i, len(stages))
-            self.memory.clear_scratch()
-            made[name] = stage()
+    def program(self, others: Sequence[_Build]) -> Program:
+        """The program, of the shortest sections that this build and the others find."""
+        table, cache, made = self.schedule(0, 1 + len(others))
+        for turn, other in enumerate(others, 1):
+            _, _, again = other.schedule(turn, 1 + len(others))
+            # Lasting places do not depend on the turn, so sections fit each other.
+            assert other.memory.used == self.memory.used
+            made = {name: min(made[name], again[name], key=lambda s: s.cycles) for name in made}
         sections = [made[name] for name in ("embed", "before", "attend", "after", "head")]
         self._fill()
         return Program(
@@ -178,6 +163,35 @@ class _Build:
             used=tuple(self.memory.used),
             meta=json.dumps(self._meta(table, cache), sort_keys=True),
         )
+
+    def schedule(self, turn: int, turns: int) -> tuple[EmbeddingTable, Cache, dict[str, Section]]:
+        """Every section by its name. turn: where the choice of scratch begins."""
+        place = place_grouped_table if self.in_blocks else place_table
+        table = place(self.model.embed, -1, self.memory, self.store)
+        width = self.model.embed.params[0].shape[1]
+        self.dense = layouts.dense(width, self.chip)
+        self.stream = [self.ports.static(4, self.sizes.rows, None) for _ in self.dense]
+        west, east = (self.ports.static(4, self.sizes.rows, side) for side in (0, 1))
+        self.stream_top = (west, east)  # magnitudes, the larger ones of its vectors
+        cache = place_cache(self.geometry, self.memory, self.chip.planes_per_hemisphere)
+        state = place_state(self.geometry, self.ports, self.sizes.rows)
+        attention = Attention(self.geometry, cache, state, self.ports)
+        for side in (0, 1):  # whichever a turn will need
+            self.ports.lane_map(side)
+        # The head first: its tiles keep the streams full, and get the quads that suit them best.
+        stages: dict[str, Callable[[], Section]] = {
+            "head": self._head,
+            "before": lambda: self._before(attention),
+            "attend": lambda: self._attend(attention),
+            "after": lambda: self._after(attention),
+            "embed": lambda: self._embed(table),
+        }
+        made: dict[str, Section] = {}
+        for i, (name, stage) in enumerate(stages.items()):
+            self._tell("schedule", turn * len(stages) + i, turns * len(stages))
+            self.memory.clear_scratch(turn)
+            made[name] = stage()
+        return table, cache, made
 
     def _tell(self, what: str, done: int, of: int) -> None:
         if self.progress is not None:
@@ -217,13 +231,9 @@ class _Build:
         return low.b.finish()
 
     def _attend(self, attention: Attention) -> Section:
-        found = []
-        for turn in range(self.effort):
-            self.memory.clear_scratch(turn)
-            low = self._lowering("attend", {}, self.geometry.rows, layered=True)
-            attention.attend(low, self.model.layers[0].attention)
-            found.append(low.b.finish())
-        return min(found, key=lambda section: section.cycles)
+        low = self._lowering("attend", {}, self.geometry.rows, layered=True)
+        attention.attend(low, self.model.layers[0].attention)
+        return low.b.finish()
 
     def _after(self, attention: Attention) -> Section:
         layer = self.model.layers[0]

@@ -34,9 +34,7 @@ class Constants:
             self._known[key] = buffer
         return self._known[key]
 
-    def of_op(
-        self, place: int, name: str, layout: Layout, *, layered: bool
-    ) -> Buffer:
+    def of_op(self, place: int, name: str, layout: Layout, *, layered: bool) -> Buffer:
         """float32 `name` of an op's tensors in the lanes of a layout [lanes], else 0."""
         where = (place, name, layout.tobytes(), layered)
         if where not in self._known:
