@@ -102,12 +102,12 @@ def test_whoever_begins_anew_writes_over_what_was_there(
     other = scored(runner, TOKENS[::-1])
     assert not same_bits(first, other)
     assert same_bits(scored(runner), first)
-    engine, plain = engine_of(runner), engine_of(compiled.reference())
-    for each in (engine, plain):  # back by a few tokens, then on with others
-        sequence = each.open()
-        each.last_logits(sequence, TOKENS)
-        each.rewind(sequence, 3)
-    rows = [each.last_logits(each._sequences[0], [7, 9]) for each in (engine, plain)]
+    rows = []
+    for engine in (engine_of(runner), engine_of(compiled.reference())):
+        sequence = engine.open()
+        engine.last_logits(sequence, TOKENS)
+        engine.rewind(sequence, 3)  # back by a few tokens, then on with others
+        rows.append(engine.last_logits(sequence, [7, 9]))
     assert same_bits(*rows)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from openlpu.asm.binary import text_bytes as text_bytes_of
 from openlpu.chip import Chip
 from openlpu.errors import DoesNotFit, RequestError, UnsupportedModel
 from openlpu.graph import F32Tensor, Graph, GroupedTensor, Op, RowTensor, TensorSource
@@ -151,6 +152,8 @@ class _Build:
             assert other.memory.used == self.memory.used
             made = {name: min(made[name], again[name], key=lambda s: s.cycles) for name in made}
         sections = [made[name] for name in ("embed", "before", "attend", "after", "head")]
+        text_bytes = sum(sum(text_bytes_of(section, self.chip).values()) for section in sections)
+        self.memory.spread("weights", -(-text_bytes // self.chip.lanes), "text")
         self._fill()
         return Program(
             chip=self.chip.name,

@@ -132,18 +132,25 @@ def place_cache(g: Geometry, memory: Memory, side_of_plane: int) -> Cache:
         cache.slices[u] = slices
         for v in range(g.vectors):
             for kept in (cache.keys, cache.values):
-                kept[v, u] = tuple(memory.fixed("context", s, words) for s in slices)
+                kept[v, u] = tuple(_reserve(memory, s, words) for s in slices)
         quad = memory.emptiest("context", side, 1)[0]
         cache.scale_slices[u] = tuple(range(quad, quad + QUAD))
         for v in range(g.vectors):
             for h in range(g.heads_of(v)):
                 for kept_scales in (cache.key_scales, cache.value_scales):
                     kept_scales[v, h, u] = tuple(
-                        memory.fixed("context", s, memory.layers * g.sequences * g.groups)
+                        _reserve(memory, s, memory.layers * g.sequences * g.groups)
                         for s in cache.scale_slices[u]
                     )
         cache.places[u] = _places(g, memory, u, side)
     return cache
+
+
+def _reserve(memory: Memory, s: int, words: int) -> int:
+    """Words of a slice for keys, values or scales."""
+    word = memory.fixed("context", s, words)
+    memory.used.append(("context", s, word, words))
+    return word
 
 
 def _places(g: Geometry, memory: Memory, u: int, side: int) -> Buffer:

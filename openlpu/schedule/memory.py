@@ -203,6 +203,18 @@ class Memory:
         rooms = {q: min(self._total_room(purpose, q + b) for b in range(QUAD)) for q in quads}
         return sorted(sorted(quads, key=lambda q: (-rooms[q], q))[:count])
 
+    def spread(self, purpose: str, words: int, what: str) -> None:
+        """Reserve words that may lie anywhere, evenly over the slices with room."""
+        slices = sorted(range(self.chip.slices), key=lambda s: -self.room(purpose, s))
+        for i, s in enumerate(slices):
+            share = -(-words // (len(slices) - i))
+            count = min(share, self.room(purpose, s))
+            if count:
+                self.used.append((what, s, self.fixed(purpose, s, count), count))
+                words -= count
+        if words:
+            raise self._full(purpose, words)
+
     # -- contents -------------------------------------------------------------------------------
 
     def put(self, s: int, word: int, data: NDArray[np.uint8], what: str) -> None:
