@@ -97,7 +97,8 @@ class Builder:
                 )
             args = (0, 1, first_stream, 0, 0)
             self.issues.append(Issue(at, queue, "load", args, self.groups))
-            self.issues.append(Issue(at + self.groups, queue, "install", ()))
+            # The last row of the tile before still comes in the cycle of the install.
+            self.issues.append(Issue(at + self.turn_cycles - 1, queue, "install", ()))
             # The rows come through where the loads leave a gap, one turn later.
             column, k = divmod(turn, self.inputs)
             slot = column * self.rows

@@ -281,7 +281,7 @@ def test_a_meta_that_is_no_object_is_named(program: Program, text: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"table": {"rows_per_slice": 1, "slices": 1, "vectors": 1}},
+        {"table": dict.fromkeys(onchip._TABLE, 1)},
         {"layers": 1, "windows": [0]},
         {"rope": {"turns": ["0" * 16], "magnitude": "0x1.0p+0"}},
     ],

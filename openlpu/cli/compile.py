@@ -17,7 +17,6 @@ from openlpu.errors import RequestError
 
 if TYPE_CHECKING:
     from openlpu.chip import Chip
-    from openlpu.engine.compiled import Progress as Told
     from openlpu.load.checkpoint import Checkpoint
     from openlpu.program import Params, Program
 
@@ -42,6 +41,16 @@ def compile_model(
             help="Most positions of a sequence; by default 1024, or the model's own if fewer.",
         ),
     ] = None,
+    table_region: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Region of the chip for the embedding table; by default that of the weights.",
+        ),
+    ] = "",
+    effort: Annotated[
+        int, typer.Option(metavar="N", help="Schedules tried for each section; the shortest is it.")
+    ] = 1,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -67,8 +76,10 @@ def compile_model(
             rows=rows,
             sequences=sequences,
             context=positions,
+            table_region=table_region,
+            effort=effort,
             checkpoint=model,
-            progress=_whole(progress),
+            progress=progress,
         )
         progress("check", 0, 1)
         check(program, made_for)
@@ -90,16 +101,6 @@ def _path(output: Path | None, checkpoint: Checkpoint) -> Path:
     if path.exists() and (path.is_dir() or path.samefile(checkpoint.source)):
         raise RequestError(f"{path} is no place for a program; give another --output")
     return path
-
-
-def _whole(progress: Progress) -> Told:
-    """Progress of the scheduler with one bar for all its sections."""
-
-    def told(stage: str, done: int, total: int) -> None:
-        word, _, _ = stage.partition(" ")
-        progress("schedule" if word == "schedule" else stage, done, total)
-
-    return told
 
 
 def _figures(program: Program, chip: Chip, params: Params) -> dict[str, Any]:

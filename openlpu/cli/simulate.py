@@ -258,12 +258,16 @@ def _figures(report: dict[str, Any]) -> str:
         f"{report['clock_hz'] / 1e6:,.0f} MHz"
     )
     lines.append(
-        f"{'here':9}{here['seconds']:,.1f} s to simulate them ({report['machine']}), "
-        f"{here['cycles_per_s']:,.0f} cycles/s; {here['beside_s']:,.1f} s for the host's part"
+        f"{'here':9}{_time(here['seconds'])} to simulate them ({report['machine']}), "
+        f"{here['cycles_per_s']:,.0f} cycles/s; {_time(here['beside_s'])} for the host's part"
     )
     if check:
         lines.append(
             f"{'check':9}{check['logits']:,} logits compared, {check['differing_bits']:,} bits "
-            f"differ; {check['seconds']:,.1f} s in the host engine"
+            f"differ; {_time(check['seconds'])} in the host engine"
         )
     return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds >= 1 else f"{seconds * 1e3:,.0f} ms"

@@ -132,24 +132,28 @@ class Compiled:
         rows: int = 1,
         sequences: int = 1,
         context: int = 1024,
+        table_region: str = "",
+        effort: int = 1,
         checkpoint: str = "",
         progress: Progress | None = None,
     ) -> Program:
         """The program of a step on a chip: `rows` rows, as many of each of `sequences` sequences
         of up to `context` positions. What engine.onchip must know besides goes into its meta.
-        checkpoint: where the tokenizer is found again.
+        table_region, effort: see schedule.build. checkpoint: where the tokenizer is found again.
 
         Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no sense.
         """
         # Only whoever compiles for a chip pays for the scheduler's start.
         from openlpu.schedule.build import Sizes, build_program
 
+        if effort < 1:
+            raise RequestError(f"effort is {effort}; give at least 1")
         if not 1 <= context <= self.graph.context:
             longest = f"{self.graph.context:,}, the model's own"
             raise RequestError(f"context is {context}; give 1 to {longest}")
         source = _Identified(self.graph, Materializer(self.weights))
-        sizes = Sizes(rows, sequences, context)
-        program = build_program(self.graph, source, chip, sizes, progress=progress)
+        sizes = Sizes(rows, sequences, context, table_region)
+        program = build_program(self.graph, source, chip, sizes, effort=effort, progress=progress)
         facts = {
             "checkpoint": checkpoint,
             "contract": CONTRACT,

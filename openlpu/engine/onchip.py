@@ -39,7 +39,10 @@ _COUNTS = (
     *("rows", "sequences", "context", "layers", "vocabulary", "chunk", "groups"),
     *("chunks_per_group", "tiles_per_chunk", "head_dim"),
 )
-_TABLE = ("rows_per_slice", "slices", "vectors")
+_TABLE = (
+    *("rows_per_slice", "slices", "vectors"),
+    *("scale_tokens", "scale_words", "scale_slices"),
+)
 _MOST = 1 << 24  # of any count: a number beyond is a mistake, and would take memory
 _MOST_ROWS = 1 << 12
 _TURN = re.compile(r"[0-9a-f]{16}")

@@ -223,11 +223,11 @@ class Attention:
             low.b.tag(f"{op.out} softmax")
             for key in wave:
                 words, west, east = scaled[key]
-                tops[key] = low.over_lanes(west, east, "fmax")
+                tops[key] = low.over_lanes(west, east, "fmax", last_read=True)
                 weights[key] = self._weights(low, v, key[1], key[2], words, tops[key])
             low.b.tag(f"{op.out} values")
             for key in wave:
-                largest[key] = low.over_lanes(*weights[key][2], "max")
+                largest[key] = low.over_lanes(*weights[key][2], "max", last_read=True)
         low.b.tag(f"{op.out} sum of weights")
         totals = self._totals(low, {key: entry[1] for key, entry in weights.items()})
         low.b.tag(f"{op.out} values")
@@ -325,6 +325,8 @@ class Attention:
         e.write(largest, *pair)
         done = low.evaluate(e, *outs, *limbs, *pair)
         n = len(outs)
+        for word in words:
+            low.memory.give_back(word, _over(done, low.rows))
         tiles = [done[n + 3 * i : n + 3 * i + 3] for i in range(n)]
         return done[:n], tiles, (done[-2], done[-1])
 
@@ -377,6 +379,8 @@ class Attention:
                 outs.append(low.scratch(BYTE, side=self._side(low, u), outer=True))
                 e.write(e.op("ftoi", e.op("fmul", Leaf(words[i]), step)), outs[-1])
             bytes_of[key] = low.evaluate(e, *outs)
+            for word in words:
+                low.memory.give_back(word, _over(bytes_of[key], low.rows))
         sums: dict[tuple[int, int, int], list[Accumulator]] = {key: [] for key in weights}
         for u in range(g.units):
             plane = u % g.planes
@@ -509,6 +513,11 @@ class Attention:
                 low.know_top(op.out, of_queries, (west, east))
         low.know(op.out, of_queries, outs)
         low.outside[op.out] = (g.heads * g.head_dim, of_queries)
+
+
+def _over(written: list[Buffer], rows: int) -> int:
+    """The cycle at which an expression that wrote these buffers is over."""
+    return max(buffer.ready + (rows - 1) * buffer.period for buffer in written)
 
 
 def _used(low: Lowering, row: layouts.Layout) -> Buffer | None:

@@ -50,7 +50,8 @@ from openlpu.schedule.section import LAYER_BASE, UPPER_LAYER_BASE, SectionBuilde
 from openlpu.schedule.weights import WeightStore
 
 Progress = Callable[[str, int, int], None]
-_SCRATCH_WORDS = (64, 128, 256, 512, 1024)
+_SCRATCH_WORDS = (64, 128, 192, 256, 320, 384, 448, 512, 768, 1024)
+_SCRATCH_WORDS_PER_ROW = 5  # fewer are never enough for a model worth the name
 MAX_ROWS = 256
 
 
@@ -82,7 +83,8 @@ def build_program(
     model = parts(plain(graph))
     refuse_too_large(model, chip, region_of_table(chip, sizes.table_region))
     refused: DoesNotFit | None = None
-    for scratch_words in _SCRATCH_WORDS:
+    least = min(_SCRATCH_WORDS_PER_ROW * sizes.rows, _SCRATCH_WORDS[-1])
+    for scratch_words in (words for words in _SCRATCH_WORDS if words >= least):
         try:
             builds = [
                 _Build(graph, model, source, chip, sizes, scratch_words, progress)

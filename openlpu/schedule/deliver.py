@@ -14,7 +14,7 @@ from openlpu import isa
 from openlpu.schedule.expression import Leaf
 from openlpu.schedule.memory import Buffer
 from openlpu.schedule.section import SectionBuilder, after
-from openlpu.schedule.table import Flow, Request, Slot, burst
+from openlpu.schedule.table import Flow, InItsOwnWayError, Request, Slot, burst
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,20 @@ class Send:
 def deliver(
     builder: SectionBuilder, sends: list[Send], count: int, period: int, *, earliest: int = 0
 ) -> int:
-    """Place all sends as one task, for `count` elements, `period` cycles apart. All visited slices
-    lie in one hemisphere. Returns the cycle of the task's first send."""
+    """Place all sends as one task, for `count` elements, at least `period` cycles apart. All
+    visited slices lie in one hemisphere. Returns the cycle of the task's first send."""
+    while True:
+        try:
+            return _deliver(builder, sends, count, period, earliest)
+        except InItsOwnWayError:  # its reads and writes meet in a bank; other distances do not
+            if count == 1:
+                raise
+            period += 1
+
+
+def _deliver(
+    builder: SectionBuilder, sends: list[Send], count: int, period: int, earliest: int
+) -> int:
     chip = builder.chip
     bits = burst(count, period)
     request = Request([], [], [])

@@ -95,9 +95,10 @@ def arrange(expression: Expression, chip: Chip, count: int, alus: int) -> tuple[
     if count > 1:
         interval = -(-len(nodes) // alus)
     while True:
-        arranged = _Arrangement(chip, interval, alus).run(nodes)
-        if arranged is not None:
-            return arranged, interval if count > 1 else 1
+        for margin in range(4, chip.history_cycles // 2, 4):
+            arranged = _Arrangement(chip, interval, alus, margin).run(_copied(nodes))
+            if arranged is not None:
+                return arranged, interval if count > 1 else 1
         interval += 1
 
 
@@ -161,9 +162,10 @@ def _one_port(a: Leaf, b: Leaf) -> bool:
 class _Arrangement:
     """Backward list scheduling of one expression with a given interval."""
 
-    def __init__(self, chip: Chip, interval: int, alus: int) -> None:
+    def __init__(self, chip: Chip, interval: int, alus: int, margin: int) -> None:
         self.chip = chip
         self.alus = alus
+        self.margin = margin  # cycles a node may slip because ALUs are taken
         self.interval = interval
         self._used: dict[tuple[str, int, int], int] = {}
 
@@ -180,6 +182,8 @@ class _Arrangement:
             if latest is None or not self._settle(node, latest):
                 return None
             done.append(node)
+        if any(self._waits(node) >= self.chip.history_cycles for node in done):
+            return None
         done.reverse()
         done.sort(key=lambda node: node.at)
         return done
@@ -195,7 +199,7 @@ class _Arrangement:
         reach = self.chip.history_cycles
         while True:
             first = min(reader.at for reader in readers)
-            late = [reader for reader in readers if reader.at - first >= reach - 2 * self._slack()]
+            late = [reader for reader in readers if reader.at - first >= reach - self.margin]
             if not late:
                 return first - lat
             last = max(reader.at for reader in late)
@@ -211,9 +215,10 @@ class _Arrangement:
             readers.append(relay)
             done.append(relay)
 
-    def _slack(self) -> int:
-        """Cycles a node may slip earlier because ALUs are taken."""
-        return self.chip.history_cycles // 16
+    def _waits(self, node: Node) -> int:
+        """The longest that an operand of the node waits in a history."""
+        made = [arg.at + self._latency(arg) for arg in node.args if isinstance(arg, Node)]
+        return max((node.at - ready for ready in made), default=0)
 
     def _settle(self, node: Node, latest: int) -> bool:
         """Choose the node's cycle: the latest one with an ALU, ports and streams free."""

@@ -59,8 +59,8 @@ class Rows:
     layout: Layout
     places: list[Place]
     sides: tuple[list[Buffer], list[Buffer]]
-    scales: list[Buffer]
-    sums: list[Buffer] | None
+    scales: dict[int, Buffer]
+    sums: dict[int, Buffer] | None
 
     def groups_of(self, vector: int) -> list[int]:
         """The groups that stand in a vector."""
@@ -125,13 +125,13 @@ class Grouped:
         if minima:
             load(low.b, ones, low.ones(ones))
             install(low.b, ones)
-        found = Rows(layout, places, ([], []), [], [] if minima else None)
+        found = Rows(layout, places, ([], []), {}, {} if minima else None)
         for k, word in enumerate(words):
             out = low.scratch()
             top = reduce_lanes(low.b, *largest[k], "max", GROUP, low.rows, (out,))[0]
-            mine = [places[g] for g in found.groups_of(k)]
-            halves = self._copies(found, word, top, mine, spread)
-            self._to_every_lane(found, halves, len(mine), spread, ones)
+            mine = found.groups_of(k)
+            halves = self._copies(found, word, top, [places[g] for g in mine], spread)
+            self._to_every_lane(found, halves, mine, spread, ones)
         return found
 
     def _with_sizes(
@@ -250,7 +250,7 @@ class Grouped:
         return self.low.mask((lanes >= lane) & (lanes < lane + count))
 
     def _to_every_lane(
-        self, found: Rows, halves: Buffer, count: int, spread: int, ones: int
+        self, found: Rows, halves: Buffer, groups: list[int], spread: int, ones: int
     ) -> None:
         """The scales of one vector's groups, and the sums of their bytes, in every lane."""
         low = self.low
@@ -263,8 +263,9 @@ class Grouped:
                 "vectors",
                 ("fewer --rows",),
             )
-        for first in range(0, count, most):
-            n = min(most, count - first)
+        for first in range(0, len(groups), most):
+            mine = groups[first : first + most]
+            n = len(mine)
             copies = n * low.rows
             limbs = [
                 act(
@@ -287,9 +288,10 @@ class Grouped:
                 outs.append(low.memory.scratch(WORD, copies, hemisphere=None, outer=False))
                 e.write(e.op("itof", Leaf(total)), outs[1])
             written = low.b.evaluate(e, copies)
-            found.scales.extend(part(written[out], i, low.rows) for i in range(n))
-            if found.sums is not None:
-                found.sums.extend(part(written[outs[1]], i, low.rows) for i in range(n))
+            for i, g in enumerate(mine):
+                found.scales[g] = part(written[out], i, low.rows)
+                if found.sums is not None:
+                    found.sums[g] = part(written[outs[1]], i, low.rows)
 
     def _spreading(self, plane: int) -> Tile:
         """Weights 1, 64, 64, 64, 64, 0, ... down the rows of each superlane: with a word's bytes

@@ -502,10 +502,14 @@ class Lowering:
         west, east = self.evaluate(e, *pair)
         return self.over_lanes(west, east, "max")
 
-    def over_lanes(self, west: Buffer, east: Buffer, op: str) -> Buffer:
+    def over_lanes(self, west: Buffer, east: Buffer, op: str, *, last_read: bool = False) -> Buffer:
         """The maximum over all lanes, in every lane."""
         out = self.scratch()
-        return reduce_lanes(self.b, west, east, op, self.chip.lanes, self.rows, (out,))[0]
+        found = reduce_lanes(self.b, west, east, op, self.chip.lanes, self.rows, (out,))[0]
+        for side in (west, east):
+            if last_read:
+                self.memory.give_back(side, found.ready + (self.rows - 1) * found.period)
+        return found
 
     def _hadamard(self, words: list[Buffer]) -> tuple[list[Buffer], Buffer]:
         """Transformed blocks (the 16 vectors of a block lie in one lane), and their largest."""

@@ -8,7 +8,7 @@ to layer), from the top with what exists once. How far apart layers lie is known
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +88,7 @@ class Memory:
                 self.used.append(("scratch", s, word, scratch_words))
                 self._scratch[s, bank] = [word, 0]
         self._turn = 0
+        self._given_back: list[Buffer] = []
 
     def region(self, purpose: str) -> Region:
         """The region for a purpose of the chip file, or for the "table"."""
@@ -261,6 +262,7 @@ class Memory:
     def clear_scratch(self, turn: int = 0) -> None:
         """Free all of it. turn: where the choice of quads begins."""
         self._turn = turn
+        self._given_back.clear()
         for entry in self._scratch.values():
             entry[1] = 0
 
@@ -299,6 +301,11 @@ class Memory:
                 slices = tuple(range(first, first + width))
                 if self._scratch_room(slices, count) is not None:
                     return self._take_scratch(slices, count)
+        for old in self._given_back:
+            side = old.slices[0] // self.chip.slices_per_hemisphere
+            if old.width >= width and old.count == count and side in sides:
+                self._given_back.remove(old)
+                return replace(old, slices=old.slices[:width], words=old.words[:width])
         raise DoesNotFit(
             f"scratch of a section on {self.chip.name}",
             self._scratch_words + count,
@@ -306,6 +313,10 @@ class Memory:
             "words a bank",
             ("fewer --rows",),
         )
+
+    def give_back(self, buffer: Buffer, free_cycle: int) -> None:
+        """The scratch buffer may be written again from that cycle on; it is, once all is full."""
+        self._given_back.append(replace(buffer, ready=free_cycle, period=0))
 
     def _scratch_room(self, slices: Sequence[int], count: int) -> int | None:
         """The bank in which every slice has room, the emptier one."""

@@ -14,7 +14,7 @@ from openlpu import isa
 from openlpu.chip import EAST, WEST
 from openlpu.schedule.memory import Buffer
 from openlpu.schedule.section import SectionBuilder, after
-from openlpu.schedule.table import Flow, Request, Slot, burst
+from openlpu.schedule.table import Flow, InItsOwnWayError, Request, Slot, burst
 
 _WORD = 4
 
@@ -60,7 +60,10 @@ def reduce_lanes(
     halves = tuple(memory.scratch(_WORD, count, hemisphere=h, outer=True) for h in (WEST, EAST))
     w, e = _trip(builder, west, east, inside, op, count, halves)
     across = [("permute", builder.maps.rotation(segment, k)) for k in range(superlanes)]
-    return _trip(builder, w, e, across, op, count, outputs)
+    found = _trip(builder, w, e, across, op, count, outputs)
+    for half in (w, e):  # what is read is free once the result is complete
+        memory.give_back(half, max(b.ready + (count - 1) * b.period for b in found))
+    return found
 
 
 def _trip(
@@ -72,12 +75,32 @@ def _trip(
     count: int,
     outputs: tuple[Buffer, ...],
 ) -> tuple[Buffer, ...]:
-    """One trip: copies of each element by the SXM, joined on the VXM. Time 0 is when the first
-    copies reach the VXM."""
+    """One trip: copies of each element by the SXM, joined on the VXM, elements as close as their
+    own reads and writes allow."""
+    slack = 0
+    while True:
+        try:
+            return _spaced_trip(builder, west, east, copies, op, count, outputs, slack)
+        except InItsOwnWayError:
+            slack += 1
+
+
+def _spaced_trip(
+    builder: SectionBuilder,
+    west: Buffer,
+    east: Buffer,
+    copies: list[tuple[str, int]],
+    op: str,
+    count: int,
+    outputs: tuple[Buffer, ...],
+    slack: int,
+) -> tuple[Buffer, ...]:
+    """Time 0 is when the first copies reach the VXM. slack: cycles more between elements than the
+    streams and ALUs need."""
     chip = builder.chip
     at_once = chip.streams // _WORD
     fans = [copies[i : i + at_once] for i in range(0, len(copies), at_once)]
-    interval = max(-(-len(fans) // 2), -(-len(copies) // chip.alus))
+    interval = max(-(-len(fans) // 2), -(-len(copies) // chip.alus)) + slack
     bits = burst(count, interval)
     request = Request([], [], [])
     reads: list[tuple[Buffer, int, Flow]] = []
@@ -110,6 +133,7 @@ def _trip(
     joins = _tree(builder, ready, op, request, bits)
     out = joins[-1].at + builder.latency(op)
     stores = [builder.store(request, buffer, out, bits) for buffer in outputs]
+    start = max([start, *(buffer.ready - out for buffer in outputs)])
     begun = builder.table.place(request, start)
     for source, at, flow in reads:
         x = flow.end

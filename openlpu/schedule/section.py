@@ -103,6 +103,7 @@ class SectionBuilder:
             for j, buffer in enumerate(node.outputs):
                 out = node.at + self.latency(node.op)
                 flows[id(node), 3 + j] = [self.store(request, buffer, out, bits)]
+                start = max(start, buffer.ready - out)
         starts = self.table.place(request, start)
         written: dict[Buffer, Buffer] = {}
         for node in nodes:

@@ -193,7 +193,7 @@ def _define_indexed(kit: Kit, shape: Shape) -> None:
 
 
 def define_sxm(kit: Kit, shape: Shape) -> None:
-    """SHUFFLE, PERMUTE, SHIFT, TRANSPOSE."""
+    """SHUFFLE, PERMUTE, MOVE, SHIFT, TRANSPOSE."""
 
     def permute(r: Record) -> None:
         target, source = r.vector(0), r.vector(1)
@@ -208,6 +208,21 @@ def define_sxm(kit: Kit, shape: Shape) -> None:
             kit.store(b.select(nothing, ir.Constant(I8, 0), value), kit.at(target, l))
 
         kit.each(kit.i64(0), kit.i64(shape.lanes), lane)
+
+    def move(r: Record) -> None:
+        """The table is that of a permutation; the first lane of each superlane speaks for it."""
+        target, source, zeros = r.vector(0), r.vector(1), r.zeros()
+        table = r.part(Context.PERMUTES, r.field(2), 2 * shape.lanes)
+
+        def superlane(l: Value) -> None:
+            b = kit.b
+            entry = b.sext(kit.load(kit.item(table, l, I16), I16), I64)
+            nothing = b.icmp_signed("<", entry, kit.i64(0))
+            lanes = kit.load(b.select(nothing, zeros, kit.at(source, entry)), VB)
+            kit.store(lanes, kit.at(target, l))
+
+        for first in range(0, shape.lanes, SUPERLANE):
+            superlane(kit.i64(first))
 
     def shift(r: Record) -> None:
         middle = kit.at(r.array(Context.WINDOW), shape.padded)
@@ -243,6 +258,7 @@ def define_sxm(kit: Kit, shape: Shape) -> None:
 
     for code, body in (
         (Code.PERMUTE, permute),
+        (Code.MOVE, move),
         (Code.SHIFT, shift),
         (Code.SHUFFLE, shuffle),
         (Code.TRANSPOSE, transpose),

@@ -42,7 +42,8 @@ class Code(IntEnum):
     PERMUTE = 18
     SHIFT = 19
     TRANSPOSE = 20
-    ALU = 21
+    MOVE = 21  # a permutation that keeps superlanes whole
+    ALU = 22
 
 
 ALU_CODES = {name: Code.ALU + i for i, name in enumerate(ALU)}
@@ -70,6 +71,7 @@ _ROLES = {
     Code.SHUFFLE: "Bb-",  # table
     Code.PERMUTE: "Bb-",
     Code.SHIFT: "Bb-",  # amount
+    Code.MOVE: "Bb-",
     Code.TRANSPOSE: "B" * 16 + "b" * 16,
 }
 

@@ -147,14 +147,17 @@ class Resolver:
         self._put(e, e.arg("dst") + number, values)
         yield
         if e.op == "shift":
-            code, how = Code.SHIFT, np.clip(e.arg("amount"), -self.shape.lanes, self.shape.lanes)
+            how = np.clip(e.arg("amount"), -self.shape.lanes, self.shape.lanes)
+            self.made.emit(Code.SHIFT, WORK, e.cycle, values, source.found(), how)
         elif e.op == "permute":
-            code, how = Code.PERMUTE, e.arg("map")
-        elif e.op == "distribute":
-            code, how = Code.SHUFFLE, SUPERLANE + e.arg("map")
+            how = e.arg("map")
+            for code, these in ((Code.MOVE, self.whole[how]), (Code.PERMUTE, ~self.whole[how])):
+                fields = (values[these], source.found()[these], how[these])
+                self.made.emit(code, WORK, e.cycle[these], *fields)
         else:
-            code, how = Code.SHUFFLE, e.arg("amount") % SUPERLANE
-        self.made.emit(code, WORK, e.cycle, values, source.found(), how)
+            turned = e.op == "rotate"
+            how = e.arg("amount") % SUPERLANE if turned else SUPERLANE + e.arg("map")
+            self.made.emit(Code.SHUFFLE, WORK, e.cycle, values, source.found(), how)
 
     def _transpose(self, e: Issued) -> Iterator[None]:
         sources = self._read_streams(e, e.arg("src"), SUPERLANE, 1)
