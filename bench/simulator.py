@@ -130,8 +130,7 @@ class Builder:
         return self.chip.words - (k + 1) * self.rows
 
     def _bring(self, s: int, word: int, plane: int, stream: int, at: int, count: int) -> None:
-        """Words of a slice, one a cycle, onto a stream that reaches the plane from cycle `at` on.
-        """
+        """Words of a slice, one a cycle, onto a stream that reaches the plane from cycle `at` on."""
         chip = self.chip
         way = abs(chip.mem_position(s) - chip.mxm_position(plane))
         args = (word, 1, 0, stream)

@@ -26,7 +26,7 @@ from openlpu.graph import Batch
 from openlpu.graph.identity import identity
 from openlpu.passes.recipe import Materializer
 from openlpu.program import Program, cycles
-from openlpu.sim.drive import Machine, StepReport
+from openlpu.sim.drive import Machine
 from openlpu.sim.result import Result
 
 F32 = NDArray[np.float32]
@@ -155,35 +155,20 @@ def with_meta(program: Program, **changes: Any) -> Program:
     return dataclasses.replace(program, meta=json.dumps(kept))
 
 
-def test_several_sequences_share_the_steps(
-    compiled: Compiled, program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A stand-in computes what the chip would: here only who goes when matters."""
-    reference, seen = compiled.reference(), []
-
-    class Stand:
-        def __init__(self, *_: object) -> None:
-            self.reports: list[StepReport] = []
-
-        def step(self, given: Batch) -> F32:
-            counts = np.bincount(given.slots, minlength=2)
-            assert counts.max() <= 3
-            assert len(counts) == 2
-            seen.append(counts.tolist())
-            self.reports.append(StepReport(7, Result(7, {})))
-            return reference.step(given)
-
-    many = with_meta(program, rows=6, sequences=2)
-    monkeypatch.setattr(onchip, "Driver", Stand)
-    monkeypatch.setattr(onchip, "_demand_ports", lambda *_: None)
-    runner = OnChip(many, CHIP, machine(program, CHIP))
-    assert runner.max_rows == 6
-    prompts = [[256, *range(40, 52)], [256, 9]]
+def test_several_sequences_share_the_steps(compiled: Compiled) -> None:
+    many = compiled.program(CHIP, rows=4, sequences=2, context=CONTEXT)
+    runner = OnChip(many, CHIP, machine(many, CHIP))
+    assert runner.max_rows == 4
+    prompts = [[256, *range(40, 49)], [256, 9]]
     told = [answers(each, prompts) for each in (runner, compiled.reference())]
     assert told[0] == told[1]
-    assert seen[0] == [3, 0]  # the first prompt alone fills what the batcher gives
-    assert [1, 1] in seen
-    assert runner.cycles == 7 * len(seen)
+    rows = [np.bincount(step.slots, minlength=2).tolist() for step in runner.steps]
+    assert rows[0] == [2, 0]  # the first prompt alone fills what the batcher gives
+    assert [1, 1] in rows
+    assert np.sum(rows, axis=0).tolist() == [10 + 4, 2 + 4]
+    same = scored(runner, prompts[0])  # four rows a batch: two steps each, and one of two rows
+    assert same_bits(same, scored(compiled.reference(), prompts[0]))
+    assert [len(step.positions) for step in runner.steps[-5:]] == [2] * 5
 
 
 def answers(runner: Runner, prompts: list[list[int]]) -> list[list[int]]:

@@ -15,7 +15,7 @@ import pytest
 README = (house.REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 # What keeps a command short here; .ci/run runs the set-up commands whole.
-ADDED = {"run": ["--max-tokens", "8"]}
+ADDED = {"run": ["--max-tokens", "8"], "compile": ["--effort", "1"]}
 
 # Commands of minutes: here their options are only parsed, other tests run their parts.
 PARSED_ONLY = ("verify", "bench")
@@ -64,10 +64,38 @@ def with_short_text(word: str, folder: Path) -> str:
     return str(copy)
 
 
+@pytest.fixture(scope="session")
+def program_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the README, compiled for its chip."""
+    assert smollm2_path.is_file()
+    path = tmp_path_factory.mktemp("program") / "smollm2.lpu"
+    command = ["compile", "smollm2", "--chip", "tsp_v1", "-o", str(path), *ADDED["compile"]]
+    done = run_python("-c", "from openlpu.cli import main; main()", *command)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def in_folder(
+    verb: str, words: list[str], folder: Path, request: pytest.FixtureRequest
+) -> list[str]:
+    """The words with files that a command writes in `folder`, and a program that it reads."""
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "-o":
+            word = str(folder / word)
+        elif word.endswith(".lpu") and verb != "compile":
+            word = str(request.getfixturevalue("program_path"))
+        found.append(word)
+    return found
+
+
 @pytest.mark.parametrize("command", lpu_commands(README))
-def test_command_runs(command: str, smollm2_path: Path, tmp_path: Path) -> None:
+def test_command_runs(
+    command: str, smollm2_path: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     assert smollm2_path.is_file()
     _, verb, *words = shlex.split(command)
+    words = in_folder(verb, words, tmp_path, request)
     words = [with_short_text(word, tmp_path) for word in words] + ADDED.get(verb, [])
     if verb in PARSED_ONLY:
         words.append("--help")

@@ -50,7 +50,7 @@ def compile_model(
     ] = "",
     effort: Annotated[
         int, typer.Option(metavar="N", help="Schedules tried for each section; the shortest is it.")
-    ] = 1,
+    ] = 8,
     output: Annotated[
         Path | None,
         typer.Option(

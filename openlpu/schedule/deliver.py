@@ -8,13 +8,15 @@ does.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from openlpu import isa
 from openlpu.schedule.expression import Leaf
 from openlpu.schedule.memory import Buffer
 from openlpu.schedule.section import SectionBuilder, after
 from openlpu.schedule.table import Flow, InItsOwnWayError, Request, Slot, burst
+
+_STRETCHES = 8  # how far apart sends are moved at most, times their distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +50,16 @@ def deliver(
 ) -> int:
     """Place all sends as one task, for `count` elements, at least `period` cycles apart. All
     visited slices lie in one hemisphere. Returns the cycle of the task's first send."""
-    while True:
-        try:
-            return _deliver(builder, sends, count, period, earliest)
-        except InItsOwnWayError:  # its reads and writes meet in a bank; other distances do not
-            if count == 1:
-                raise
-            period += 1
+    tries = 2 * builder.chip.positions if count > 1 else 1
+    for stretch in range(1, _STRETCHES + 1):
+        # its reads and writes may meet in a bank: at other distances they do not
+        apart = [replace(send, at=send.at * stretch) for send in sends]
+        for longer in range(tries):
+            try:
+                return _deliver(builder, apart, count, period * stretch + longer, earliest)
+            except InItsOwnWayError:
+                continue
+    raise InItsOwnWayError("values cannot be delivered: they meet in a bank at any distance")
 
 
 def _deliver(

@@ -14,6 +14,7 @@ from openlpu.graph.ops import BLOCK_FORMATS
 from openlpu.numerics import GROUP
 from openlpu.schedule.normal import Parts
 
+_OF_LAYERS_IN_W4 = 5 / 8  # of the bytes of w8, at most: q4_1 takes 20 bytes for 32 weights
 _GROUP_BYTES = {"q8_0": GROUP + 2, "q4_0": GROUP // 2 + 2, "q4_1": GROUP // 2 + 4}
 
 
@@ -70,25 +71,26 @@ def _levers(model: Parts, chip: Chip, table: Region, full: str) -> tuple[str, ..
     """Changes that would make it fit, as far as the weights' bytes can tell."""
     found = []
     for region in chip.regions:
-        if region.name != table.name and _fits(model, chip, region, shrink=1):
+        if region.name != table.name and _fits(model, chip, region, of_layers=1):
             found.append(f"--table-region {region.name}")
     if model.embed.params[0].format not in BLOCK_FORMATS and not found:
-        if _fits(model, chip, table, shrink=2):
+        if _fits(model, chip, table, of_layers=_OF_LAYERS_IN_W4):
             found.append("--precision w4")
         else:
             found += [
                 f"--precision w4 --table-region {region.name}"
                 for region in chip.regions
-                if region.name != table.name and _fits(model, chip, region, shrink=2)
+                if region.name != table.name
+                and _fits(model, chip, region, of_layers=_OF_LAYERS_IN_W4)
             ]
     return (*found, "a larger chip")
 
 
-def _fits(model: Parts, chip: Chip, table: Region, *, shrink: int) -> bool:
-    """Whether it fits with the table in that region, and the layers at 1 / shrink of their bytes."""
+def _fits(model: Parts, chip: Chip, table: Region, *, of_layers: float) -> bool:
+    """Whether it fits with the table in that region, and the layers at a part of their bytes."""
     for name, parts in demands(model, chip, table).items():
         region = next(region for region in chip.regions if region.name == name)
-        demand = sum(size // (shrink if what == "layers" else 1) for what, size in parts.items())
+        demand = sum(size * (of_layers if what == "layers" else 1) for what, size in parts.items())
         if demand > region.words * chip.slices * chip.lanes:
             return False
     return True

@@ -66,24 +66,26 @@ def place_rows(
     # Some room stays for constants, which the VXM reads while planes load.
     shared = memory.region("table") == memory.region("weights")
     kept = _KEPT_WORDS if shared and memory.quiet_quad is not None else 0
-    largest = max((memory.bank_room("table", s, bank) for s, bank in order), default=0)
-    per = max(0, largest - kept) // vectors
-    if per == 0:
-        raise DoesNotFit("the embedding table", vectors, 0, "words", ("a larger chip",))
-    count = -(-vocabulary // per)
-    if count > len(order):
-        have = per * len(order) * vectors * chip.lanes
+    rooms = {place: max(0, memory.bank_room("table", *place) - kept) // vectors for place in order}
+    per, count = 0, 0
+    for per in sorted(set(rooms.values()) - {0}, reverse=True):  # all slices keep as many tokens
+        fitting = [place for place in order if rooms[place] >= per]
+        count = -(-vocabulary // per)
+        if count <= len(fitting):
+            order = fitting[:count]
+            break
+    else:
         raise DoesNotFit(
-            "the embedding table",
+            f"the embedding table in region {memory.region('table').name} of {chip.name}",
             vocabulary * vectors * chip.lanes,
-            have,
+            sum(rooms.values()) * vectors * chip.lanes,
             "bytes",
-            ("a larger chip", "--precision w4", "--table-region"),
+            ("--table-region", "--precision w4", "a larger chip"),
         )
-    slices = tuple(s for s, _ in order[:count])
+    slices = tuple(s for s, _ in order)
     words = tuple(
         memory.fixed("table", s, min(per, vocabulary - i * per) * vectors, bank=bank)
-        for i, (s, bank) in enumerate(order[:count])
+        for i, (s, bank) in enumerate(order)
     )
     return slices, words, per
 

@@ -92,7 +92,7 @@ class Grouped:
             )
         self._rows: dict[str, Rows] = {}
         self._known: dict[tuple[str, bytes], Buffer] = {}
-        self._plane = 0
+        self._turns = [0, 0]  # tiles per hemisphere
 
     # -- rows to int8 ---------------------------------------------------------------------------
 
@@ -328,7 +328,7 @@ class Grouped:
     ) -> list[Buffer]:
         x = self.rows(op.src[0])
         self.low.b.tag(f"{op.out} linear")
-        by_rows = self._rows_are_fewer(x.layout, layout)
+        by_rows = self._rows_are_fewer(op, x.layout, layout)
         segments = self._segments(x, by_rows)
         waiting: dict[int, _Job] = {}
         found: list[Buffer] = []
@@ -375,7 +375,8 @@ class Grouped:
             mine = [g for g in groups if x.places[g].vector == k]
             key = (place, k, outputs.tobytes())
             if key not in self.store.tiles:
-                side = None if by_rows else self.store.side_of(place, outputs)
+                shared = not by_rows and self._is_turned(op)
+                side = self.store.side_of(place, outputs) if shared else None
                 plane = self._next_plane(side)
                 where = (outputs, plane, form)
                 if by_rows:
@@ -440,11 +441,25 @@ class Grouped:
             raise UnsupportedModel(f"%{op.out}: one vector of outputs has weights in {forms}")
         return forms.pop()
 
-    def _rows_are_fewer(self, inputs: Layout, outputs: Layout) -> bool:
-        """Whether storing by rows takes fewer words, columns being shared with other layouts."""
+    def _rows_are_fewer(self, op: Op, inputs: Layout, outputs: Layout) -> bool:
+        """Whether storing by rows takes fewer words. What rope reads is wanted in two layouts,
+        which share their columns."""
         rows = len(outputs) * self._filled(inputs)
         columns = len(inputs) * self._filled(outputs)
-        return rows < columns - self._filled(outputs)
+        if self._is_turned(op):
+            columns -= self._filled(outputs)
+        return rows < columns
+
+    def _is_turned(self, op: Op) -> bool:
+        """Whether a rope reads the op, by way of slices and norms."""
+        for _, rope in self.low.ops.values():
+            source = rope.src[0] if rope.kind == "rope" else ""
+            while source in self.low.ops and source != op.out:
+                before = self.low.ops[source][1]
+                source = before.src[0] if before.kind in ("slice", "rmsnorm") else ""
+            if source == op.out:
+                return True
+        return False
 
     def _filled(self, layout: Layout) -> int:
         width = self.chip.install_streams
@@ -454,12 +469,13 @@ class Grouped:
         return int(plane >= self.chip.planes_per_hemisphere)
 
     def _next_plane(self, side: int | None) -> int:
-        """Planes in turn, west and east by turns, or those of one side."""
-        half, turn = self.chip.planes_per_hemisphere, self._plane
-        self._plane += 1
+        """Planes in turn, of the side with fewer turns so far or of a certain one."""
+        turns = self._turns
         if side is None:
-            return (turn % 2) * half + (turn // 2) % half
-        return side * half + turn % half
+            side = WEST if turns[WEST] <= turns[EAST] else EAST
+        half = self.chip.planes_per_hemisphere
+        turns[side] += 1
+        return side * half + turns[side] % half
 
 
 def part(buffer: Buffer, number: int, rows: int, count: int = 1) -> Buffer:

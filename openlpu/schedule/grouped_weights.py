@@ -22,6 +22,7 @@ from openlpu.schedule.weights import Fill, WeightStore, ranges, striped
 
 HALF = 2
 _Part = tuple[int, ...]  # the features of one group of a plane's vectors
+_NIBBLES = {"q4_0": (Mode.S4_LOW, Mode.S4_HIGH), "q4_1": (Mode.U4_LOW, Mode.U4_HIGH)}
 _SIGNED_ZERO = 8  # the nibble that means 0 in q4_0
 
 
@@ -116,14 +117,20 @@ class GroupedStore:
         layered: bool,
     ) -> dict[_Part, Stored]:
         """Reserve the vectors of `parts` (features of one side of the matrix) over the features
-        `across` of its other side, and remember how to make their bytes."""
-        width = self.chip.install_streams
-        packed = form != "q8_0"
-        count = -(-len(parts) // 2) if packed else len(parts)
+        `across` of its other side, in several places where no place has room for all."""
+        count = -(-len(parts) // 2) if form in _NIBBLES else len(parts)
         side = plane // self.chip.planes_per_hemisphere
+        if len(parts) > 1 and not self.store.has_room(side, count, layered=layered):
+            middle = len(parts) // 2
+            rest = (across, plane, form, rows, layered)
+            return {
+                **self._keep(place, parts[:middle], *rest),
+                **self._keep(place, parts[middle:], *rest),
+            }
         slices, words = self.store.allocate(side, count, layered=layered, plane=plane)
         along = np.array([feature for part in parts for feature in part])
         empty = _SIGNED_ZERO if form == "q4_0" else 0
+        width = self.chip.install_streams
 
         def build(weight: object) -> NDArray[np.uint8]:
             assert isinstance(weight, np.ndarray)
@@ -131,20 +138,14 @@ class GroupedStore:
             picked = weight[np.maximum(n, 0)][:, np.maximum(k, 0)].astype(np.int8) + np.int8(empty)
             picked = np.where((n >= 0)[:, None] & (k >= 0)[None, :], picked, empty)
             vectors = (picked.T if rows else picked).astype(np.int8)
-            if packed:
+            if form in _NIBBLES:
                 low, high = vectors[: count * width], vectors[count * width :]
                 vectors = low & 15
                 vectors[: len(high)] |= high << 4
             return striped(vectors, width)
 
         self.store.fills.append(Fill(place, slices, words, build, "weights"))
-        low, high = (
-            (Mode.I8, Mode.I8)
-            if not packed
-            else (Mode.S4_LOW, Mode.S4_HIGH)
-            if form == "q4_0"
-            else (Mode.U4_LOW, Mode.U4_HIGH)
-        )
+        low, high = _NIBBLES.get(form, (Mode.I8, Mode.I8))
         return {
             part: Stored(slices, words, i % count, low if i < count else high)
             for i, part in enumerate(parts)
@@ -168,23 +169,18 @@ class GroupedStore:
     def _place_scales(
         self, place: int, name: str, outputs: Layout, groups: int, layered: bool
     ) -> Buffer:
-        memory = self.store.memory
+        memory, purpose = self.store.memory, self.store.purpose
         self._turn += 1
-        purpose = self.store.purpose
         needed = groups * (memory.layers if layered else 1)
-        pairs = []
+        pairs: list[tuple[int, int]] = []
         for side in (self._turn % 2, 1 - self._turn % 2):
             quad = memory.quad_for_constants(purpose, side, groups, layered=layered)
             pairs += [(quad + b, quad + b + 1) for b in range(0, QUAD, HALF)]
-            pairs += [
-                (q + b, q + b + 1)
-                for q in memory.emptiest(purpose, side, 1)
-                for b in range(0, QUAD, HALF)
-            ]
-        rooms = [min(memory.room(purpose, s) for s in pair) for pair in pairs]
-        slices = next(
-            (pair for pair, room in zip(pairs, rooms, strict=True) if room >= needed), pairs[0]
-        )
+        rooms = {pair: min(memory.room(purpose, s) for s in pair) for pair in pairs}
+        if max(rooms.values()) < needed:  # any pair
+            every = range(0, self.chip.slices, HALF)
+            rooms = {(s, s + 1): min(memory.room(purpose, t) for t in (s, s + 1)) for s in every}
+        slices = max(rooms, key=lambda pair: rooms[pair])
         take = memory.layered if layered else memory.fixed
         words = tuple(take(purpose, s, groups) for s in slices)
 

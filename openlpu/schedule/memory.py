@@ -190,6 +190,7 @@ class Memory:
         *,
         loads: bool = False,
         plane: int | None = None,
+        one_bank: bool = False,
     ) -> list[int]:
         """`count` quads of a hemisphere with the most room, in order of their number. loads: for
         what planes load; those of one hemisphere load from different quads, if there are enough."""
@@ -201,7 +202,8 @@ class Memory:
         sharing = self.chip.planes_per_hemisphere
         if plane is not None and per_side // sharing >= count:
             quads = quads[plane % sharing :: sharing]
-        rooms = {q: min(self._total_room(purpose, q + b) for b in range(QUAD)) for q in quads}
+        room = self.room if one_bank else self._total_room
+        rooms = {q: min(room(purpose, q + b) for b in range(QUAD)) for q in quads}
         return sorted(sorted(quads, key=lambda q: (-rooms[q], q))[:count])
 
     def spread(self, purpose: str, words: int, what: str) -> None:

@@ -62,8 +62,19 @@ class WeightStore:
             slices = tuple(q + b for q in quads for b in range(QUAD))
             if all(self.memory.room(purpose, s) >= needed for s in slices):
                 break
+        else:  # or those with the most room in one bank
+            quads = self.memory.emptiest(purpose, hemisphere, count, loads=True, one_bank=True)
+            slices = tuple(q + b for q in quads for b in range(QUAD))
         take = self.memory.layered if layered else self.memory.fixed
         return slices, tuple(take(purpose, s, words) for s in slices)
+
+    def has_room(self, hemisphere: int, words: int, *, layered: bool) -> bool:
+        """Whether `allocate` can give as many words."""
+        count = self.memory.chip.install_streams // QUAD
+        needed = words * (self.memory.layers if layered else 1)
+        quads = self.memory.emptiest(self.purpose, hemisphere, count, loads=True)
+        slices = (q + b for q in quads for b in range(QUAD))
+        return all(self.memory.room(self.purpose, s) >= needed for s in slices)
 
     def by_rows(
         self, place: int, inputs: Layout, outputs: Layout, plane: int, *, layered: bool

@@ -128,9 +128,8 @@ class Wires:
 
     def _way(self, stream: I64, position: I64, cycle: I64) -> I64:
         """A number for each stream and diagonal."""
-        diagonal = np.where(
-            self._east(stream), cycle - position + self.chip.positions, cycle + position
-        )
+        east = cycle - position + self.chip.positions
+        diagonal: I64 = np.where(self._east(stream), east, cycle + position)
         return (stream << 40) + diagonal
 
 

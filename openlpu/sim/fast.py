@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +40,11 @@ class _Section:
         chip: Chip,
         how: Shape,
         section: programs.Section,
+        maps: NDArray[np.int16],
         planned: Extremes,
         constants: dict[int, int],
     ) -> None:
-        resolver = Resolver(chip, how, section, constants)
+        resolver = Resolver(chip, how, section, maps, constants)
         made = resolver.resolve()
         bases = resolver.bases
         self.name = section.name
@@ -86,7 +88,9 @@ class Fast:
         planned = extremes(program)
         # Only what the plan runs has been checked.
         self._sections = {
-            index: _Section(chip, how, program.sections[index], planned[index], constants)
+            index: _Section(
+                chip, how, program.sections[index], program.maps, planned[index], constants
+            )
             for index in sorted(planned)
         }
         self._link(how, constants)
@@ -100,7 +104,7 @@ class Fast:
         blocks = max((table.blocks for table in tables), default=1)
         slots = chip.planes * chip.accumulators
         splats = np.repeat(np.array(list(constants), np.int64).astype(np.int32), CHUNK // 4)
-        self._arrays = {
+        self._arrays: dict[Context, NDArray[Any]] = {
             Context.WORDS: _zeros(words * how.word_bytes),
             Context.CONSTANTS: splats,
             Context.BLOCKS: _zeros(blocks * how.block_bytes),
@@ -127,19 +131,19 @@ class Fast:
 
     def write(self, port: str, data: NDArray[np.uint8]) -> None:
         """Give an input port its data [rows, vectors, bytes, lanes]. Raises RequestError."""
-        ports.write(self.memory, self._port(port, "in"), data)
+        ports.write(self.memory, self._port(port, ("in",)), data)
 
     def read(self, port: str) -> NDArray[np.uint8]:
         """The data of a port [rows, vectors, bytes, lanes]. Raises RequestError."""
-        return ports.read(self.memory, self._port(port, ""))
+        return ports.read(self.memory, self._port(port, ("in", "out")))
 
-    def _port(self, name: str, direction: str) -> Port:
-        known = [port for port in self.program.ports if port.direction.startswith(direction)]
+    def _port(self, name: str, directions: tuple[str, ...]) -> Port:
+        known = [port for port in self.program.ports if port.direction in directions]
         for port in known:
             if port.name == name:
                 return port
         names = ", ".join(port.name for port in known)
-        raise RequestError(f"no {direction}port {name!r}; the program has: {names}")
+        raise RequestError(f"no port {name!r} of direction {'/'.join(directions)}; known: {names}")
 
     # -- a step -------------------------------------------------------------------------------
 

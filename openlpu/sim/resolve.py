@@ -29,9 +29,21 @@ class Resolver:
     waits until all reads are joined, and then emits its events."""
 
     def __init__(
-        self, chip: Chip, shape: Shape, section: Section, constants: dict[int, int]
+        self,
+        chip: Chip,
+        shape: Shape,
+        section: Section,
+        maps: NDArray[np.int16],
+        constants: dict[int, int],
     ) -> None:
+        """maps: the program's. constants: value -> number; it grows, for all sections."""
         self.chip, self.shape, self.constants = chip, shape, constants
+        # Of each map, whether it keeps superlanes whole: lane 0 of each speaks for all of it.
+        superlanes = maps.astype(np.int64).reshape(len(maps), chip.superlanes, SUPERLANE)
+        first = superlanes[:, :, :1]
+        inside = np.where(first < 0, 0, np.arange(SUPERLANE))
+        together = (superlanes == first + inside) & ((first < 0) | (first % SUPERLANE == 0))
+        self.whole = together.all(axis=(1, 2))
         self.issued = expand(section, chip)
         self.bases = Bases(chip, self.issued)
         self.wires = Wires(chip)
@@ -223,7 +235,8 @@ class Resolver:
         if missing.any():
             i = int(np.argmax(missing))
             raise MachineError(f"cycle {e.cycle[tap][i]}: alu{alu[i]} has no result {delay[i]} old")
-        return words[order[at]]
+        found: I64 = words[order[at]]
+        return found
 
     def _constants(self, values: I64) -> I64:
         """Constants are numbered -1, -2, ... in the order of their appearance."""

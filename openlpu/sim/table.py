@@ -22,7 +22,15 @@ _PHASES = 8
 _CODES = 64
 _MOST_WRITES = 64  # to a slice while a value is in use, for it to be looked at more closely
 # Their only effect is the one byte vector they make.
-_PURE = (Code.READ, Code.GATHER, Code.NIBBLE, Code.SHUFFLE, Code.PERMUTE, Code.SHIFT)
+_PURE = (
+    Code.READ,
+    Code.GATHER,
+    Code.NIBBLE,
+    Code.SHUFFLE,
+    Code.PERMUTE,
+    Code.MOVE,
+    Code.SHIFT,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +269,7 @@ class _Writes:
         last = self._span - 1
         first = np.searchsorted(self._keys, at + np.minimum(since, last), "right")
         end = np.searchsorted(self._keys, at + np.minimum(until, last), "right")
-        reached = end - first > _MOST_WRITES
+        reached: NDArray[np.bool_] = end - first > _MOST_WRITES
         open_ = np.flatnonzero(~reached & (end > first))
         low, high = row + self._low[base], row + self._high[base]
         for i in range(int((end - first)[open_].max(initial=0))):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from openlpu.chip import Chip
 from openlpu.errors import MachineError
@@ -105,7 +106,7 @@ class Planes:
             fields = (numbers[tile], activations[mine], slot, e.arg("add")[mine])
             self.made.emit(code, WORK, cycle[these], *(column[these] for column in fields))
 
-    def _tiles(self, plane: int, installs: I64) -> tuple[np.ndarray, I64]:  # type: ignore[type-arg]
+    def _tiles(self, plane: int, installs: I64) -> tuple[NDArray[np.bool_], I64]:
         """Of each install: whether its tile is kept by columns, and the tile's number."""
         assert self._loads is not None
         mine = self._loads[0] == plane
