@@ -130,7 +130,7 @@ class Builder:
         return self.chip.words - (k + 1) * self.rows
 
     def _bring(self, s: int, word: int, plane: int, stream: int, at: int, count: int) -> None:
-        """Words of a slice, one a cycle, onto a stream that reaches the plane from cycle `at` on."""
+        """Words of a slice, one a cycle, onto a stream that reaches the plane from `at` on."""
         chip = self.chip
         way = abs(chip.mem_position(s) - chip.mxm_position(plane))
         args = (word, 1, 0, stream)
@@ -181,7 +181,7 @@ def main() -> None:
         print(
             f"{result.cycles:,} cycles in {1000 * seconds:.1f} ms: "
             f"{result.cycles / seconds:,.0f} cycles a second, "
-            f"{result.counters['issue.load'] * chip.install_streams * chip.lanes / 1e6:.0f} MB loaded"
+            f"{result.counters['issue.load'] * chip.install_streams * chip.lanes // 10**6} MB"
         )
     for plane in range(chip.planes):
         data = machine.read(f"sums{plane}")

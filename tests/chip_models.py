@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tiny_models import FAMILIES, SCALINGS, in_blocks, random_model, stages
 
 from openlpu.chip import load_chip
-from openlpu.graph import Batch, Graph, Param, RowTensor, Tensor
+from openlpu.graph import Batch, Graph, Param, RowTensor, Tensor, TensorSource
 from openlpu.load.weights import Weights
 from openlpu.passes.recipe import Materializer
 from openlpu.passes.rewrite import with_attrs, with_ops
@@ -59,9 +59,9 @@ def random_case(seed: int) -> Case:
     rng = random.Random(f"case {seed}")
     family = sorted(FAMILIES)[seed % len(FAMILIES)]
     precision = "w4" if rng.random() < 0.1 else "w8"
-    rows = rng.choice((1, 1, 2, 2, 3, 4))
+    rows = rng.choice((1, 1, 1, 2, 3, 4))
     sequences = rng.choice([n for n in range(1, rows + 1) if rows % n == 0])
-    chunk = rng.choice((64, 64, 64, 128, 192, 320))
+    chunk = rng.choice((64, 64, 64, 64, 128, 128, 192, 256, 320))
     context, start = _reach(rng, chunk, rows // sequences)
     return Case(
         seed,
@@ -121,23 +121,25 @@ class Model:
     """What a case is compiled from."""
 
     graph: Graph
-    source: Materializer
+    source: TensorSource
 
 
 def model_of(case: Case) -> Model:
-    """The case's graph, with its chunk in every attention."""
+    """The case's graph, with its chunk in every attention, and its tensors."""
     config, weights = random_model(case.family, seed=case.seed, **case.options)
-    return model_from(case, *_stored(case, config, weights))
-
-
-def _stored(case: Case, config: Any, weights: Weights) -> tuple[Any, Weights]:
-    return config, in_blocks(weights) if case.precision == "w4" else weights
-
-
-def model_from(case: Case, config: Any, weights: Weights) -> Model:
-    """The same of other weights."""
+    if case.precision == "w4":
+        weights = _in_blocks(case, weights)
     graph = stages(config, weights, case.precision)[case.stage]
     return Model(with_chunk(graph, case.chunk), Materializer(weights))
+
+
+def _in_blocks(case: Case, weights: Weights) -> Weights:
+    """Matrices in blocks of one kind, or of a kind for each matrix of a layer."""
+    rng = random.Random(f"blocks {case.seed}")
+    names = [name.split(".")[-1] for name in weights.names()]
+    kinds = rng.sample(("q4_0", "q4_1", "q8_0"), 3)[: rng.randint(1, 3)]
+    kind_of = {name: rng.choice(kinds) for name in sorted(set(names))}
+    return in_blocks(weights, [kind_of[name] for name in names])
 
 
 def with_chunk(graph: Graph, chunk: int) -> Graph:

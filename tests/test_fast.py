@@ -296,6 +296,44 @@ def test_a_value_on_its_way_is_not_changed_by_a_later_write() -> None:
         demand_equal(program, chip, 0)
 
 
+def test_what_takes_several_cycles_is_seen_from_its_cycle_on() -> None:
+    """A write, a base and an install, looked at in every cycle around the first that sees them."""
+    latency = replace(TINY.latency, mem_write=4, base_load=5, mxm_install=6)
+    chip = replace(TINY, latency=latency)
+    x = chip.mem_position(0)
+    write = [bring(chip, 9, 7, chip.streams, x, 40)]
+    write.append(issue(0, "write", 40, word=20, src=chip.streams, take=1))
+    write.append(issue(0, "read", 41, 9, word=20, dst=chip.streams + 1))
+    write.append(keep(chip, 20, 300, chip.streams + 1, x, 41 + latency.mem_read, 9))
+    base = [bring(chip, 9, 7, chip.streams, x, 40)]
+    base.append(issue(0, "setbase", 40, reg=1, lane=4, limit=90, src=chip.streams, take=1))
+    base.append(issue(0, "read", 38, 12, word=100, base=1, dst=chip.streams + 1))
+    base.append(keep(chip, 20, 320, chip.streams + 1, x, 38 + latency.mem_read, 12))
+    image = noise(chip)
+    image[9, 7, 4:6] = 17, 0
+    queue = isa.units(chip).load
+    acts = [*load(chip, 40, 0, 0, 0, 3), install(chip, 41), *load(chip, 47, 0, 0, 0, 4)]
+    acts += [install(chip, 48), bring(chip, 24, 9, 31, 0, 47, 12, step=0)]
+    acts.append(issue(queue + 1, "act", 47, 12, step=1, src=31, take=1))
+    acts.append(issue(queue + 2, "out", 80, 12, step=1, dst=chip.streams))
+    for b in range(4):
+        ready = 80 + latency.mxm_out
+        acts.append(keep(chip, 16 + b, 340, chip.streams + b, 0, ready, 12))
+    plan = (Run(0), Run(1, (Base(0, 1, 3),)), Run(2))
+    program = whole(chip, [write, base, acts], image, plan=plan)
+    demand_equal(program, chip, 0)
+    machine = Fast(program, chip)
+    machine.run({})
+    seen = machine.memory[20, 300:309] == image[9, 7]
+    assert seen.all(axis=1).tolist() == [False] * 3 + [True] * 6
+    based = [103] * 7 + [117] * 5
+    assert np.array_equal(machine.memory[20, 320:332], image[0, based])
+    sums = machine.memory[16:20, 340:352]
+    assert len(np.unique(sums, axis=1)[0]) == 2
+    assert (sums[:, :7] == sums[:, :1]).all()
+    assert (sums[:, 7:] == sums[:, 7:8]).all()
+
+
 def test_a_step_begins_with_empty_planes() -> None:
     """What an earlier section or step loaded is not there: groups that are not loaded are zero."""
     chip = TINY

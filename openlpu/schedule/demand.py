@@ -69,10 +69,11 @@ def refuse_too_large(model: Parts, chip: Chip, table: Region) -> None:
 
 def _levers(model: Parts, chip: Chip, table: Region, full: str) -> tuple[str, ...]:
     """Changes that would make it fit, as far as the weights' bytes can tell."""
-    found = []
-    for region in chip.regions:
-        if region.name != table.name and _fits(model, chip, region, of_layers=1):
-            found.append(f"--table-region {region.name}")
+    found = [
+        f"--table-region {region.name}"
+        for region in chip.regions
+        if region.name != table.name and _fits(model, chip, region, of_layers=1)
+    ]
     if model.embed.params[0].format not in BLOCK_FORMATS and not found:
         if _fits(model, chip, table, of_layers=_OF_LAYERS_IN_W4):
             found.append("--precision w4")

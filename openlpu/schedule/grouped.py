@@ -29,9 +29,10 @@ from openlpu.schedule.memory import Buffer
 from openlpu.schedule.reduce import reduce_lanes
 
 _ABS = 0x7FFFFFFF
-# Flips a byte b in 0..255 into the signed byte b - 128; added to a word made of such bytes, it gives
-# back what they lack, modulo 2^32.
+# Flips a byte b in 0..255 into the signed byte b - 128; added to a word made of such bytes, it
+# gives back what they lack, modulo 2^32.
 _FLIP = 0x80808080 - (1 << 32)
+_ELEMENTS_TOGETHER = 3  # output vectors times rows that one expression computes
 _PARTS = 4  # lanes with weight 64 that make a byte's weight 256
 _SCALE_LANES = 1 + _PARTS
 
@@ -156,7 +157,7 @@ class Grouped:
         """A norm of whole rows, its last part still an expression."""
         low, source = self.low, norm.src[0]
         words, top = low._with_largest(source, layout, f"{norm.out} rmsnorm")
-        amax, sums = low._squares(words, top, None)
+        amax, sums = low.squares(words, top, None)
         e = Expression()
         inverse = inverse_root(e, sums, Leaf(amax), low.width_of(source), norm.number("eps"))
         values: list[Operand] = []
@@ -329,40 +330,62 @@ class Grouped:
         x = self.rows(op.src[0])
         self.low.b.tag(f"{op.out} linear")
         by_rows = self._rows_are_fewer(op, x.layout, layout)
-        segments = self._segments(x, by_rows)
-        waiting: dict[int, _Job] = {}
         found: list[Buffer] = []
-        for v, outputs in enumerate(layout):
-            y: Buffer | None = None
+        for first in range(0, len(layout), self._together()):
+            block = layout[first : first + self._together()]
+            sums: list[Buffer] = []
+            segments = self._segments(x, len(block), by_rows)
             for n, groups in enumerate(segments):
-                products: dict[int, Accumulator] = {}
-                for job in self._jobs(op, place, x, outputs, groups, by_rows):
-                    for tile in job.tiles:
-                        load(self.low.b, job.plane, tile)
-                    if job.plane in waiting:
-                        self._act(x, waiting.pop(job.plane), products)
-                    install(self.low.b, job.plane)
-                    waiting[job.plane] = job
-                for plane in sorted(waiting):
-                    self._act(x, waiting.pop(plane), products)
+                products = self._products(op, place, x, block, groups, by_rows)
                 last = n == len(segments) - 1
-                out = into[v] if last else None
-                out = out or self.low.scratch()
+                outs = [
+                    (into[first + v] if last else None) or self.low.scratch()
+                    for v in range(len(block))
+                ]
                 e = Expression()
-                e.write(self._sum(e, op, place, x, outputs, groups, products, y, last), out)
-                y = self.low.evaluate(e, out)[0]
-            assert y is not None
-            found.append(y)
+                values = self._sums(e, op, place, x, block, groups, products, sums)
+                for v, (value, out) in enumerate(zip(values, outs, strict=True)):
+                    biased = last and len(op.params) > op.integer("weights", 1)
+                    e.write(self._biased(e, place, block[v], value) if biased else value, out)
+                sums = self.low.evaluate(e, *outs)
+            found += sums
         return found
 
-    def _segments(self, x: Rows, by_rows: bool) -> list[list[int]]:
+    def _together(self) -> int:
+        """Output vectors of one expression; they share what they read of each group."""
+        return max(1, _ELEMENTS_TOGETHER // self.low.rows)
+
+    def _segments(self, x: Rows, vectors: int, by_rows: bool) -> list[list[int]]:
         """The groups, cut so that the products of a part leave half of the accumulators free."""
         groups = list(range(len(x.places)))
         planes = self.chip.planes if by_rows else self.chip.planes_per_hemisphere
         per_vector = self.chip.lanes // GROUP
-        room = max(1, self.chip.accumulators // 2 // self.low.rows)
+        room = max(1, self.chip.accumulators // 2 // (self.low.rows * vectors))
         size = max(1, room // per_vector) * per_vector * planes if room >= per_vector else room
         return [groups[i : i + size] for i in range(0, len(groups), size)]
+
+    def _products(
+        self, op: Op, place: int, x: Rows, block: Layout, groups: list[int], by_rows: bool
+    ) -> list[dict[int, Accumulator]]:
+        """Per output vector and group the integer products."""
+        products: list[dict[int, Accumulator]] = [{} for _ in block]
+        waiting: dict[int, tuple[int, _Job]] = {}
+        jobs = [self._jobs(op, place, x, outputs, groups, by_rows) for outputs in block]
+        for turn in range(max(len(mine) for mine in jobs)):
+            for v, mine in enumerate(jobs):
+                if turn >= len(mine):
+                    continue
+                job = mine[turn]
+                for tile in job.tiles:
+                    load(self.low.b, job.plane, tile)
+                if job.plane in waiting:
+                    before, done = waiting.pop(job.plane)
+                    self._act(x, done, products[before])
+                install(self.low.b, job.plane)
+                waiting[job.plane] = v, job
+        for v, job in waiting.values():
+            self._act(x, job, products[v])
+        return products
 
     def _jobs(
         self, op: Op, place: int, x: Rows, outputs: Layout, groups: list[int], by_rows: bool
@@ -398,38 +421,48 @@ class Grouped:
         for i, g in enumerate(job.groups):
             products[g] = replace(done, slot=done.slot + i * rows, ready=done.ready + i * rows)
 
-    def _sum(
+    def _sums(
         self,
         e: Expression,
         op: Op,
         place: int,
         x: Rows,
-        outputs: Layout,
+        block: Layout,
         groups: list[int],
-        products: dict[int, Accumulator],
-        before: Buffer | None,
-        last: bool,
-    ) -> Node:
-        """numerics section 3, grouped: the running sum over some groups; the bias last."""
-        low, count = self.low, len(x.places)
-        scales = self.store.scales(place, "scale", outputs, count, layered=low.layered)
-        minima = None
-        if self._format(op, outputs) == "q4_1":
-            minima = self.store.scales(place, "minimum", outputs, count, layered=low.layered)
-        y: Operand = 0 if before is None else Leaf(before)
+        products: list[dict[int, Accumulator]],
+        before: list[Buffer],
+    ) -> list[Node]:
+        """numerics section 3, grouped: the running sums of output vectors over some groups."""
+        scales = [self._halves(place, "scale", outputs, x) for outputs in block]
+        minima = [
+            self._halves(place, "minimum", outputs, x)
+            if self._format(op, outputs) == "q4_1"
+            else None
+            for outputs in block
+        ]
+        y: list[Operand] = [Leaf(buffer) for buffer in before] or [0 for _ in block]
         for g in groups:
             scale = e.op("mov", Leaf(x.scales[g]))
-            product = e.op("fmul", scale, e.op("htof", Leaf(scales[g])))
-            y = e.op("fadd", e.op("fmul", e.op("itof", Leaf(products[g])), product), y)
-            if minima is not None:
-                assert x.sums is not None
-                product = e.op("fmul", scale, e.op("htof", Leaf(minima[g])))
-                y = e.op("fadd", e.op("fmul", Leaf(x.sums[g]), product), y)
-        if last and len(op.params) > op.integer("weights", 1):
-            bias = low.constants.of_op(place, "bias", outputs, layered=low.layered)
-            y = e.op("fadd", y, Leaf(bias))
-        assert isinstance(y, Node)
-        return y
+            total: Node | None = None
+            for v in range(len(block)):
+                product = e.op("fmul", scale, e.op("htof", Leaf(scales[v][g])))
+                dot = e.op("itof", Leaf(products[v][g]))
+                y[v] = e.op("fadd", e.op("fmul", dot, product), y[v])
+                minimum = minima[v]
+                if minimum is not None:
+                    assert x.sums is not None
+                    total = total or e.op("mov", Leaf(x.sums[g]))
+                    product = e.op("fmul", scale, e.op("htof", Leaf(minimum[g])))
+                    y[v] = e.op("fadd", e.op("fmul", total, product), y[v])
+        return [value for value in y if isinstance(value, Node)]
+
+    def _halves(self, place: int, name: str, outputs: Layout, x: Rows) -> list[Buffer]:
+        layered = self.low.layered
+        return self.store.scales(place, name, outputs, len(x.places), layered=layered)
+
+    def _biased(self, e: Expression, place: int, outputs: Layout, value: Node) -> Node:
+        bias = self.low.constants.of_op(place, "bias", outputs, layered=self.low.layered)
+        return e.op("fadd", value, Leaf(bias))
 
     def _format(self, op: Op, outputs: Layout) -> str:
         """The block format of an output vector's weights."""

@@ -153,7 +153,7 @@ def embed_grouped(
             e.write(e.op("and", half, Leaf(one_row(lanes, row))), *pair)
             pairs.append(pair)
         written = low.b.evaluate(e, 1)
-        spread = []
+        spread: list[Buffer] = []
         for west, east in pairs:
             out = low.memory.scratch(WORD, 1, hemisphere=None, outer=False)
             both = written[west], written[east]

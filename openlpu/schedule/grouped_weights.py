@@ -22,6 +22,7 @@ from openlpu.schedule.weights import Fill, WeightStore, ranges, striped
 
 HALF = 2
 _Part = tuple[int, ...]  # the features of one group of a plane's vectors
+_SCALES_AT_ONCE = 16  # groups whose scales lie together: large pieces leave gaps in the memory
 _NIBBLES = {"q4_0": (Mode.S4_LOW, Mode.S4_HIGH), "q4_1": (Mode.U4_LOW, Mode.U4_HIGH)}
 _SIGNED_ZERO = 8  # the nibble that means 0 in q4_0
 
@@ -45,7 +46,7 @@ class GroupedStore:
         # (place, input vector, output vector's features) -> its tiles and their plane
         self.tiles: dict[tuple[int, int, bytes], tuple[list[Tile], int]] = {}
         self._columns: dict[tuple[int, int, int, _Part], Stored] = {}
-        self._scales: dict[tuple[int, str, bytes], Buffer] = {}
+        self._scales: dict[tuple[int, str, bytes], list[Buffer]] = {}
         self._constants: dict[tuple[str, int], tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._turn = 0
 
@@ -159,40 +160,49 @@ class GroupedStore:
         """Halves `name` (scale or minimum) of an output vector, a vector for each group."""
         key = (place, name, outputs.tobytes())
         if key not in self._scales:
-            self._scales[key] = self._place_scales(place, name, outputs, groups, layered)
-        whole = self._scales[key]
-        return [
-            Buffer(whole.slices, tuple(word + g for word in whole.words), 1, 0, whole.base)
-            for g in range(groups)
-        ]
+            found: list[Buffer] = []
+            for first in range(0, groups, _SCALES_AT_ONCE):
+                count = min(_SCALES_AT_ONCE, groups - first)
+                found += self._place_scales(place, name, outputs, first, count, layered)
+            self._scales[key] = found
+        return self._scales[key]
 
     def _place_scales(
-        self, place: int, name: str, outputs: Layout, groups: int, layered: bool
-    ) -> Buffer:
+        self, place: int, name: str, outputs: Layout, first: int, count: int, layered: bool
+    ) -> list[Buffer]:
         memory, purpose = self.store.memory, self.store.purpose
-        self._turn += 1
-        needed = groups * (memory.layers if layered else 1)
-        pairs: list[tuple[int, int]] = []
-        for side in (self._turn % 2, 1 - self._turn % 2):
-            quad = memory.quad_for_constants(purpose, side, groups, layered=layered)
-            pairs += [(quad + b, quad + b + 1) for b in range(0, QUAD, HALF)]
-        rooms = {pair: min(memory.room(purpose, s) for s in pair) for pair in pairs}
-        if max(rooms.values()) < needed:  # any pair
-            every = range(0, self.chip.slices, HALF)
-            rooms = {(s, s + 1): min(memory.room(purpose, t) for t in (s, s + 1)) for s in every}
-        slices = max(rooms, key=lambda pair: rooms[pair])
+        slices = self._pair(purpose, count * (memory.layers if layered else 1))
         take = memory.layered if layered else memory.fixed
-        words = tuple(take(purpose, s, groups) for s in slices)
+        words = tuple(take(purpose, s, count) for s in slices)
 
         def build(tensors: object) -> NDArray[np.uint8]:
             assert isinstance(tensors, dict)
-            table = tensors[name].astype("<f2")[np.maximum(outputs, 0)].T
+            part = tensors[name][:, first : first + count].astype("<f2")
+            table = part[np.maximum(outputs, 0)].T
             table = np.ascontiguousarray(np.where(outputs >= 0, table, 0).astype("<f2"))
-            planes = table.view(np.uint8).reshape(groups, len(outputs), HALF)
+            planes = table.view(np.uint8).reshape(count, len(outputs), HALF)
             return np.ascontiguousarray(planes.transpose(2, 0, 1))
 
         self.store.fills.append(Fill(place, slices, words, build, "scales"))
-        return Buffer(slices, words, groups, 1, LAYER_BASE if layered else 0)
+        base = LAYER_BASE if layered else 0
+        return [Buffer(slices, tuple(word + g for word in words), 1, 0, base) for g in range(count)]
+
+    def _pair(self, purpose: str, words: int) -> tuple[int, int]:
+        """Two slices for halves: by turns on each side, where no plane loads if there is room; else
+        where another pair of the quad is fuller anyway, or at least the emptiest."""
+        memory, half = self.store.memory, self.chip.slices_per_hemisphere
+        self._turn += 1
+        quiet = memory.quiet_quad
+
+        def merit(s: int) -> tuple[bool, bool, bool, int, int]:
+            room = [memory.room(purpose, s // QUAD * QUAD + b) for b in range(QUAD)]
+            mine = min(room[s % QUAD : s % QUAD + HALF])
+            apart = quiet is not None and s % half // QUAD == quiet and mine >= words
+            own_side = apart and s // half == self._turn % 2
+            return mine >= words, own_side, apart, min(0, mine - words - min(room)), mine
+
+        best = max(range(0, self.chip.slices, HALF), key=merit)
+        return best, best + 1
 
 
 def _parts(layout: Layout, width: int) -> list[_Part]:

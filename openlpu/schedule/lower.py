@@ -13,31 +13,28 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from openlpu.chip import EAST, WEST, Chip
+from openlpu.chip import EAST, WEST
 from openlpu.errors import UnsupportedModel
 from openlpu.graph import Op
 from openlpu.graph.ops import weights_and_biases
 from openlpu.numerics import SUPERLANE
-from openlpu.numerics.functions import NORM_LEVELS
-from openlpu.numerics.quant import TINY
 from openlpu.schedule import layout as layouts
-from openlpu.schedule.constants import BYTE, WORD, Constants
+from openlpu.schedule.constants import BYTE, Constants
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand
 from openlpu.schedule.functions import (
     MAGNITUDE,
     as_node,
     inverse_root,
     joined,
-    poisoned,
     quantization_scale,
     quantization_step,
     silu,
 )
 from openlpu.schedule.layout import Layout
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
-from openlpu.schedule.memory import Buffer, Memory
-from openlpu.schedule.reduce import reduce_lanes
+from openlpu.schedule.memory import Buffer
 from openlpu.schedule.section import SectionBuilder
+from openlpu.schedule.tasks import Tasks
 from openlpu.schedule.weights import WeightStore
 
 FEW_VECTORS = 6  # of a value that one expression makes
@@ -68,7 +65,7 @@ class GroupedLinears(Protocol):
     def words(self, value: str, layout: Layout, into: list[Buffer] | None) -> list[Buffer]: ...
 
 
-class Lowering:
+class Lowering(Tasks):
     """Lowers the ops of one section."""
 
     def __init__(
@@ -82,39 +79,19 @@ class Lowering:
         layered: bool,
     ) -> None:
         """ops: by the value each makes, with its place (see Fill)."""
-        self.b = builder
-        self.chip: Chip = builder.chip
-        self.memory: Memory = builder.memory
-        self.constants = constants
-        self.store = store
+        super().__init__(builder, constants, store, rows)
         self.ops = ops
-        self.rows = rows
         self.layered = layered
         self._words: dict[tuple[str, bytes], Buffer] = {}
         self._norms: dict[tuple[str, bytes], Norm] = {}
         self._quantized: dict[str, Quantized] = {}
         self._products: dict[tuple[str, bytes], list[Accumulator]] = {}
         self._tops: dict[tuple[str, bytes], tuple[Buffer, Buffer]] = {}
-        self._plane = 0
         self.outside: dict[str, tuple[int, Layout]] = {}  # width and layout of values from before
         self.rope: Callable[[Layout, int], tuple[Buffer, Buffer]] | None = None
         self.grouped: GroupedLinears | None = None  # who lowers linears with weights in blocks
 
     # -- buffers --------------------------------------------------------------------------------
-
-    def scratch(self, width: int = WORD, *, side: int | None = None, outer: bool = False) -> Buffer:
-        return self.memory.scratch(width, self.rows, hemisphere=side, outer=outer)
-
-    def both_sides(self, width: int = WORD) -> tuple[Buffer, Buffer]:
-        """Buffers near the edge of both hemispheres."""
-        return self.scratch(width, side=WEST, outer=True), self.scratch(
-            width, side=EAST, outer=True
-        )
-
-    def evaluate(self, expression: Expression, *buffers: Buffer) -> list[Buffer]:
-        """Place an expression; the buffers, with their times."""
-        written = self.b.evaluate(expression, self.rows)
-        return [written[buffer] for buffer in buffers]
 
     def know(self, value: str, layout: Layout, buffers: list[Buffer]) -> None:
         """A value that lies in memory."""
@@ -391,11 +368,9 @@ class Lowering:
         """Planes in turn, west and east by turns; where columns lie already, their hemisphere."""
         side = None if by_rows else self.store.side_of(place, outputs)
         half = self.chip.planes_per_hemisphere
-        turn = self._plane
-        self._plane += 1
         if side is None:
-            return (turn % 2) * half + (turn // 2) % half
-        return side * half + turn % half
+            return self.next_plane()
+        return side * half + self.next_turn() % half
 
     def _dequantized(self, e: Expression, op: Op, place: int, layout: Layout, v: int) -> Node:
         sums = self.products(op, place, layout[v : v + 1])[0]
@@ -473,7 +448,7 @@ class Lowering:
         """A plain norm and its quantization, by one expression once the sums are there."""
         _, norm = self._op(op.src[0])
         words, top = self._with_largest(norm.src[0], layout, f"{norm.out} rmsnorm")
-        amax, sums = self._squares(words, top, None)
+        amax, sums = self.squares(words, top, None)
         e = Expression()
         inverse = inverse_root(e, sums, Leaf(amax), self.width_of(norm.src[0]), norm.number("eps"))
         limited, step = quantization_step(e, e.op("fmul", Leaf(amax), inverse))
@@ -486,30 +461,6 @@ class Lowering:
         if value in self.outside:
             return self.outside[value][1]
         return layouts.dense(width, self.chip)
-
-    def largest(self, words: list[Buffer], mask: Buffer | None = None) -> Buffer:
-        """The bits of the largest magnitude over all lanes of all vectors, in every lane."""
-        e = Expression()
-        top: Operand | None = None
-        for word in words:
-            size = e.op("and", Leaf(word), MAGNITUDE)
-            top = size if top is None else e.op("max", top, size)
-        assert top is not None
-        if mask is not None:
-            top = e.op("and", top, Leaf(mask))
-        pair = self.both_sides()
-        e.write(top, *pair)
-        west, east = self.evaluate(e, *pair)
-        return self.over_lanes(west, east, "max")
-
-    def over_lanes(self, west: Buffer, east: Buffer, op: str, *, last_read: bool = False) -> Buffer:
-        """The maximum over all lanes, in every lane."""
-        out = self.scratch()
-        found = reduce_lanes(self.b, west, east, op, self.chip.lanes, self.rows, (out,))[0]
-        for side in (west, east):
-            if last_read:
-                self.memory.give_back(side, found.ready + (self.rows - 1) * found.period)
-        return found
 
     def _hadamard(self, words: list[Buffer]) -> tuple[list[Buffer], Buffer]:
         """Transformed blocks (the 16 vectors of a block lie in one lane), and their largest."""
@@ -588,74 +539,3 @@ class Lowering:
             e.write(value, outs[-1])
         amax, inverse = self.evaluate(e, *outs)
         return amax, inverse
-
-    def mask(self, lanes: NDArray[np.bool_]) -> Buffer:
-        """-1 in some lanes, 0 in the others, as a byte."""
-        return self.constants.lanes(np.where(lanes, -1, 0).astype(np.int32), BYTE)
-
-    def _inverse(
-        self, words: list[Buffer], width: int, eps: float, mask: Buffer | None
-    ) -> tuple[Buffer, Buffer]:
-        """amax and 1 / sqrt(mean of squares + eps) over all vectors, in every lane."""
-        amax, sums = self._squares(words, self.largest(words, mask), mask)
-        e = Expression()
-        inverse = self.scratch()
-        e.write(inverse_root(e, sums, Leaf(amax), width, eps), inverse)
-        return amax, self.evaluate(e, inverse)[0]
-
-    def _squares(
-        self, words: list[Buffer], bits_of_amax: Buffer, mask: Buffer | None
-    ) -> tuple[Buffer, list[Accumulator]]:
-        """amax as float32, and the six limb sums of numerics section 4: hi*hi, hi*lo, lo*lo."""
-        e = Expression()
-        amax = poisoned(e, Leaf(bits_of_amax))
-        usable = e.op("fle", float(TINY), amax)
-        step = e.op("sel", usable, e.op("fdiv", float(NORM_LEVELS), amax), 0)
-        plane = self._next_plane(0, np.zeros(0, np.int32), True)
-        side = int(plane >= self.chip.planes_per_hemisphere)
-        limbs: list[Buffer] = []
-        for word in words:
-            value = e.op("ftoi", e.op("fmul", Leaf(word), step))
-            if mask is not None:
-                value = e.op("and", value, Leaf(mask))
-            high = e.op("shr", e.op("add", value, 128), 8)
-            low = e.op("sub", value, e.op("shl", high, 8))
-            for a, b in ((high, high), (high, low), (low, low)):
-                product = e.op("mul", a, b)
-                upper = e.op("shr", e.op("add", product, 128), 8)
-                for limb in (upper, product):
-                    limbs.append(self.scratch(BYTE, side=side, outer=True))
-                    e.write(limb, limbs[-1])
-        amax_out = self.scratch()
-        e.write(amax, amax_out)
-        *limbs, amax_word = self.evaluate(e, *limbs, amax_out)
-        return amax_word, self.sum_lanes(plane, [limbs[i::6] for i in range(6)])
-
-    def sum_lanes(self, plane: int, values: list[list[Buffer]]) -> list[Accumulator]:
-        """For each list of byte vectors: their sum over lanes and vectors, in every lane."""
-        load(self.b, plane, self.ones(plane))
-        install(self.b, plane)
-        sums = []
-        for vectors in values:
-            into = accumulators(self.b, plane, self.rows)
-            for i, vector in enumerate(vectors):
-                into = act(self.b, into, vector, self.rows, add=i > 0)
-            sums.append(into)
-        return sums
-
-    def ones(self, plane: int) -> Tile:
-        """Weights of 1 everywhere."""
-        side = int(plane >= self.chip.planes_per_hemisphere)
-        return self._ones(side)
-
-    def _ones(self, side: int) -> Tile:
-        key = ("ones", side)
-        if key not in self.constants._known:
-            slices, words = self.store.allocate(side, 1, layered=False)
-            one = np.ones((1, self.chip.lanes), np.uint8)
-            for s, word in zip(slices, words, strict=True):
-                self.memory.put(s, word, one, "constants")
-            self.constants._known[key] = Buffer(slices, words, 1, 0)
-        buffer = self.constants._known[key]
-        count = self.chip.lanes // self.chip.install_streams
-        return Tile(buffer.slices, buffer.words, tuple((g, 0, 1) for g in range(count)), True)

@@ -208,7 +208,7 @@ class Memory:
 
     def spread(self, purpose: str, words: int, what: str) -> None:
         """Reserve words that may lie anywhere, evenly over the slices with room."""
-        slices = sorted(range(self.chip.slices), key=lambda s: -self.room(purpose, s))
+        slices = sorted(range(self.chip.slices), key=lambda s: self.room(purpose, s))
         for i, s in enumerate(slices):
             share = -(-words // (len(slices) - i))
             count = min(share, self.room(purpose, s))

@@ -149,7 +149,7 @@ class Driver:
             positions - window + 1 if window else np.full_like(positions, -_NEVER)
             for window in self.meta["windows"]
         ]
-        return np.concatenate(parts)[:, None].astype("<i4")
+        return np.asarray(np.concatenate(parts)[:, None], "<i4")
 
     def _scale_lanes(self, positions: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[Any]:
         """-1 in the lanes of a word that hold a token's scales: one lane, or one a superlane."""
