@@ -226,8 +226,10 @@ def parse_chip(text: str, where: str) -> Chip:
     """The chip of a TOML text; `where` names it in errors. Raises ChipError."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, ValueError) as error:  # a number of too many digits, too
         raise ChipError(f"{where}: not TOML: {error}") from None
+    except RecursionError:
+        raise ChipError(f"{where}: not TOML: nested too deeply") from None
     return _Reader(where).chip(data)
 
 
@@ -326,6 +328,9 @@ class _Reader:
         self.demand(s % hop == 0, f"{s} slices are no multiple of {hop} slices per hop")
         self.demand(chip.banks == 2, f"{chip.banks} banks: one read and one write need 2")
         lanes, streams = chip.lanes, chip.streams
+        width = chip.superlane_lanes
+        self.demand(width == 16, f"superlanes of {width} lanes: rotate and transpose take 16")
+        self.demand(lanes <= 1024, f"{lanes} lanes are more than instruction fields can name")
         self.demand(streams % 4 == 0, f"{streams} streams hold no whole groups of 4 bytes")
         load = chip.install_streams
         self.demand(lanes % load == 0, f"{lanes} lanes are no multiple of {load} install streams")
