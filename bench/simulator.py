@@ -1,10 +1,12 @@
-"""In: a chip. Out: how many cycles a second the fast simulator runs, values and all.
+"""In: a program. Out: how many cycles a second the fast simulator runs, values and all.
 
-    python bench/simulator.py [--matrices 3] [--rows 1] [--kernels avx512]
+    python bench/simulator.py [MODEL.lpu] [--kernels avx512] [--repeat 5]
+    python bench/simulator.py [--chip tsp_v1] [--matrices 3] [--rows 1]
 
-The program multiplies rows by matrices of the feed-forward part of Llama-3-8B, 4096 x 14336, as a
-compiler would at best: every plane loads a tile in as many cycles as it has groups, on 16 streams,
-while it multiplies by the tile before. The sums are compared with numpy's.
+With a file of `lpu compile`: its longest step, on whatever its input ports hold. Without: a program
+that multiplies rows by matrices of the feed-forward part of Llama-3-8B, 4096 x 14336, as a compiler
+would at best: every plane loads a tile in as many cycles as it has groups, on 16 streams, while it
+multiplies by the tile before. The sums are compared with numpy's.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openlpu import isa, jit
+from openlpu import asm, isa, jit
 from openlpu.chip import EAST, Chip, load_chip
 from openlpu.program import Issue, Port, Program, Run, Section, Segment, Vector
 from openlpu.sim.fast import Fast
@@ -30,7 +33,6 @@ class Layout:
     its plane p loads the vectors of one tile from slices(t, p), at word(t)."""
 
     chip: Chip
-    turn_cycles: int
 
     def slices(self, turn: int, plane: int) -> list[int]:
         """Those of a hemisphere in rotation, so that all are filled."""
@@ -56,7 +58,7 @@ class Builder:
         self.groups = lanes // chip.install_streams
         self.turn_cycles = self.groups + rows
         self.start = chip.positions + chip.latency.mem_read
-        self.layout = Layout(chip, self.turn_cycles)
+        self.layout = Layout(chip)
         # Tiles by columns first: all inputs of one column tile follow each other on one plane.
         per_plane = -(-self.outputs // chip.planes)
         self.turns = per_plane * self.inputs
@@ -67,7 +69,7 @@ class Builder:
         self.sums: dict[tuple[int, int], NDArray[np.int32]] = {}
         self.generator = generator
 
-    def build(self) -> tuple[Program, list[Port]]:
+    def build(self) -> Program:
         for plane in range(self.chip.planes):
             self._plane(plane)
         ports = [self._results(plane) for plane in range(self.chip.planes)]
@@ -77,8 +79,16 @@ class Builder:
         image = [Segment(s, 0, words, "weights") for s, words in enumerate(self.memory)]
         maps = np.zeros((0, self.chip.lanes), np.int16)
         chip = self.chip.name
-        program = Program(chip, (section,), (Run(0),), (), maps, tuple(image), tuple(ports))
-        return program, ports
+        return Program(chip, (section,), (Run(0),), (), maps, tuple(image), tuple(ports))
+
+    def demand_right(self, machine: Fast) -> None:
+        """Compare what the ports hold after a step with numpy's sums."""
+        for plane in range(self.chip.planes):
+            data = machine.read(f"sums{plane}")
+            found = np.ascontiguousarray(np.moveaxis(data, 2, 3)).view("<i4")[:, 0, :, 0]
+            for column in range(self.turns // self.inputs):
+                rows = slice(column * self.rows, (column + 1) * self.rows)
+                assert np.array_equal(found[rows], self.sums[plane, column]), (plane, column)
 
     def _plane(self, plane: int) -> None:
         chip = self.chip
@@ -120,7 +130,7 @@ class Builder:
         busy = {
             s
             for t in (turn, turn + 1, turn + 2)
-            for p in range(2)
+            for p in range(chip.planes_per_hemisphere)
             for s in self.layout.slices(t, p)
         }
         free = [s for s in range(chip.slices_per_hemisphere) if s not in busy]
@@ -162,35 +172,37 @@ class Builder:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chip", default="tsp_v1")
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--chip", default="")
     parser.add_argument("--matrices", type=int, default=3)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--kernels", default=None)
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
-    chip = load_chip(options.chip)
-    builder = Builder(chip, options.matrices, options.rows)
-    program, _ = builder.build()
+    builder = None
+    if options.file:
+        program = asm.load(options.file)
+        chip = load_chip(options.chip or program.chip)
+    else:
+        chip = load_chip(options.chip or "tsp_v1")
+        builder = Builder(chip, options.matrices, options.rows)
+        program = builder.build()
+    params = {param.name: (param.highest,) * param.values for param in program.params}
     began = time.perf_counter()
     machine = Fast(program, chip, target=jit.select(options.kernels))
     print(f"prepared in {time.perf_counter() - began:.2f} s")
     for _ in range(options.repeat):
         began = time.perf_counter()
-        result = machine.run({})
+        result = machine.run(params)
         seconds = time.perf_counter() - began
+        loaded = result.counters.get("issue.load", 0) * chip.install_streams * chip.lanes
         print(
             f"{result.cycles:,} cycles in {1000 * seconds:.1f} ms: "
-            f"{result.cycles / seconds:,.0f} cycles a second, "
-            f"{result.counters['issue.load'] * chip.install_streams * chip.lanes // 10**6} MB"
+            f"{result.cycles / seconds:,.0f} cycles a second, {loaded // 10**6} MB loaded"
         )
-    for plane in range(chip.planes):
-        data = machine.read(f"sums{plane}")
-        found = np.ascontiguousarray(np.moveaxis(data, 2, 3)).view("<i4")[:, 0, :, 0]
-        for column in range(builder.turns // builder.inputs):
-            expected = builder.sums[plane, column]
-            rows = slice(column * options.rows, (column + 1) * options.rows)
-            assert np.array_equal(found[rows], expected), (plane, column)
-    print("all sums are right")
+    if builder is not None:
+        builder.demand_right(machine)
+        print("all sums are right")
 
 
 if __name__ == "__main__":

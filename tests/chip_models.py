@@ -24,8 +24,8 @@ STAGES = {
     "w4": ("quantize_blocks", "fuse_qkv", "fuse_attention", "fuse_gate_up", "fuse_norm_quant"),
 }
 LAST_STAGE = "fuse_residual"
-_MOST_STEPS = 36  # to the first position that is compared
-_FAR_STEPS = 110  # the same, for the few cases that go far
+_MOST_STEPS = 24  # to the first position that is compared
+_FAR_STEPS = 90  # the same, for the few cases that go far
 _LARGE = 0.1  # of the cases have more heads and wider rows
 F32 = NDArray[np.float32]
 
@@ -77,7 +77,7 @@ def random_case(seed: int) -> Case:
 
 def _reach(rng: random.Random, chunk: int, per: int) -> tuple[int, int]:
     """A context, and a position in it, mostly short of where a tile, chunk or group ends."""
-    most = per * (_FAR_STEPS if rng.random() < 0.1 else _MOST_STEPS)
+    most = per * (_FAR_STEPS if rng.random() < 0.08 else _MOST_STEPS)
     edges = [edge for edge in (0, 32, 64, 96, 128, 192, 256, 320, 384) if edge <= most]
     edge = rng.choice([*edges, *edges[-2:]])
     start = max(0, edge - rng.randint(0, 2 * per))

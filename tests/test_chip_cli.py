@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -54,7 +55,9 @@ def program(lpu: Lpu, tiny: str, folder: Path) -> str:
     """The tiny model's program, compiled once."""
     path = folder / "tiny.lpu"
     if not path.exists():
-        assert lpu("compile", tiny, "--chip", "tiny", "-o", str(path))[0] == 0
+        code, out, _ = lpu("compile", tiny, "--chip", "tiny", "-o", str(path))
+        assert code == 0
+        (folder / "told.txt").write_text(out)
     return str(path)
 
 
@@ -62,17 +65,15 @@ def program(lpu: Lpu, tiny: str, folder: Path) -> str:
 
 
 def test_compile_tells_sizes_and_speed(lpu: Lpu, tiny: str, program: str, folder: Path) -> None:
-    path = folder / "again.lpu"
-    words = ("compile", tiny, "--chip", "tiny", "-o", str(path))
-    code, out, _ = lpu(*words)
-    assert code == 0
-    assert path.read_bytes() == Path(program).read_bytes()
-    made = asm.load(path)
+    out, made = (folder / "told.txt").read_text(), asm.load(program)
     step = cycles(made, {"groups": (1,)})
     assert f"{step:,} cycles a step at full context" in out
     assert f"sha256 {asm.program_sha256(made)}" in out
     assert all(section.name in out for section in made.sections)
-    code, out, _ = lpu(*words, "--json")
+    path = folder / "again.lpu"
+    code, out, _ = lpu("compile", tiny, "--chip", "tiny", "-o", str(path), "--json")
+    assert code == 0
+    assert path.read_bytes() == Path(program).read_bytes()
     report = json.loads(out)
     assert report["cycles"] == step
     assert report["tokens_per_s"] == pytest.approx(report["clock_hz"] / step)
@@ -96,7 +97,7 @@ def test_compile_writes_beside_nobody_asked(
 
 @pytest.mark.parametrize("machine", ["fast", "step"])
 def test_sim_says_what_run_says(lpu: Lpu, tiny: str, program: str, machine: str) -> None:
-    tokens = "3" if machine == "step" else "12"
+    tokens = "2" if machine == "step" else "12"
     raw = ("--raw",) if machine == "step" else ()
     _, expected, _ = lpu("run", "Hi", "-m", tiny, "--max-tokens", tokens, *SAMPLED, *raw)
     words = ("sim", program, "--prompt", "Hi", "--tokens", tokens, "--machine", machine, *raw)
@@ -105,7 +106,8 @@ def test_sim_says_what_run_says(lpu: Lpu, tiny: str, program: str, machine: str)
     assert "as predicted in each of" in err
     assert "logits compared, 0 bits differ" in err
     assert "seed 5" in err
-    assert lpu(*words, *SAMPLED)[1] == out
+    if machine == "fast":
+        assert lpu(*words, *SAMPLED)[1] == out
 
 
 def test_sim_reports_as_json(lpu: Lpu, tiny: str, program: str) -> None:
@@ -267,13 +269,13 @@ def test_a_checkpoint_that_is_another_s_is_told(
     assert "has 272 tokens, the program 264" in err
 
 
-def test_a_checkpoint_that_moved_is_told(lpu: Lpu, folder: Path, tmp_path: Path) -> None:
-    away = write_tiny_chat(tmp_path / "away")
+def test_a_checkpoint_that_moved_is_told(lpu: Lpu, tiny: str, program: str, tmp_path: Path) -> None:
     path = str(tmp_path / "away.lpu")
-    assert lpu("compile", str(away), "--chip", "tiny", "-o", path)[0] == 0
-    away.rename(tmp_path / "there")
-    code, _, err = lpu("sim", path, "--prompt", "Hi")
-    assert code == 2
-    assert "--model names another" in err
-    words = ("--tokens", "2", "--model", str(tmp_path / "there"))
-    assert lpu("sim", path, "--prompt", "Hi", *words)[0] == 0
+    for checkpoint, message in (("/away", "--model names another"), ("", "give --model")):
+        made = asm.load(program)
+        meta = json.dumps({**json.loads(made.meta), "checkpoint": checkpoint})
+        asm.save(dataclasses.replace(made, meta=meta), path)
+        code, _, err = lpu("sim", path, "--prompt", "Hi")
+        assert code == 2
+        assert message in err
+    assert lpu("sim", path, "--prompt", "Hi", "--tokens", "2", "--model", tiny)[0] == 0

@@ -235,7 +235,7 @@ def test_sums_of_the_extremes_wrap_around(row: int, target: str) -> None:
 
 
 def test_permutations_of_whole_superlanes() -> None:
-    """They take another way than others: turned, with gaps, inside out."""
+    """Where neighbours stay neighbours, another way is taken."""
     lanes = np.arange(WIDE.lanes)
     turned = np.roll(lanes, 48)
     gaps = np.where(lanes // 16 % 3 == 1, -1, turned)

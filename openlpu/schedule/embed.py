@@ -67,8 +67,11 @@ def place_rows(
     shared = memory.region("table") == memory.region("weights")
     kept = _KEPT_WORDS if shared and memory.quiet_quad is not None else 0
     rooms = {place: max(0, memory.bank_room("table", *place) - kept) // vectors for place in order}
+    sizes = sorted(set(rooms.values()) - {0}, reverse=True)
+    if not shared:  # evenly, so that each plane finds quads of its own for a tied head's tiles
+        sizes.insert(0, -(-vocabulary // chip.slices))
     per, count = 0, 0
-    for per in sorted(set(rooms.values()) - {0}, reverse=True):  # all slices keep as many tokens
+    for per in sizes:  # all slices keep as many tokens
         fitting = [place for place in order if rooms[place] >= per]
         count = -(-vocabulary // per)
         if count <= len(fitting):

@@ -32,7 +32,7 @@ _ABS = 0x7FFFFFFF
 # Flips a byte b in 0..255 into the signed byte b - 128; added to a word made of such bytes, it
 # gives back what they lack, modulo 2^32.
 _FLIP = 0x80808080 - (1 << 32)
-_ELEMENTS_TOGETHER = 3  # output vectors times rows that one expression computes
+_ELEMENTS_TOGETHER = 6  # output vectors times rows that one expression computes
 _PARTS = 4  # lanes with weight 64 that make a byte's weight 256
 _SCALE_LANES = 1 + _PARTS
 
@@ -93,7 +93,7 @@ class Grouped:
             )
         self._rows: dict[str, Rows] = {}
         self._known: dict[tuple[str, bytes], Buffer] = {}
-        self._turns = [0, 0]  # tiles per hemisphere
+        self._loads = [0] * self.chip.planes
 
     # -- rows to int8 ---------------------------------------------------------------------------
 
@@ -400,7 +400,8 @@ class Grouped:
             if key not in self.store.tiles:
                 shared = not by_rows and self._is_turned(op)
                 side = self.store.side_of(place, outputs) if shared else None
-                plane = self._next_plane(side)
+                size = self._filled(x.layout[k : k + 1] if by_rows else outputs[None])
+                plane = self._next_plane(side, size)
                 where = (outputs, plane, form)
                 if by_rows:
                     tiles = self.store.by_rows(place, x.layout[k], *where, layered=layered)
@@ -501,14 +502,13 @@ class Grouped:
     def _side(self, plane: int) -> int:
         return int(plane >= self.chip.planes_per_hemisphere)
 
-    def _next_plane(self, side: int | None) -> int:
-        """Planes in turn, of the side with fewer turns so far or of a certain one."""
-        turns = self._turns
-        if side is None:
-            side = WEST if turns[WEST] <= turns[EAST] else EAST
+    def _next_plane(self, side: int | None, size: int = 1) -> int:
+        """The plane with the least to load so far, of one side if it must; size: of what comes."""
         half = self.chip.planes_per_hemisphere
-        turns[side] += 1
-        return side * half + turns[side] % half
+        planes = range(self.chip.planes) if side is None else range(side * half, side * half + half)
+        plane = min(planes, key=lambda p: (self._loads[p], p % half, p))
+        self._loads[plane] += size
+        return plane
 
 
 def part(buffer: Buffer, number: int, rows: int, count: int = 1) -> Buffer:

@@ -210,7 +210,7 @@ def define_sxm(kit: Kit, shape: Shape) -> None:
         kit.each(kit.i64(0), kit.i64(shape.lanes), lane)
 
     def move(r: Record) -> None:
-        """The table is that of a permutation; the first lane of each superlane speaks for it."""
+        """The table is that of a permutation; the first lane of each superlane says enough."""
         target, source, zeros = r.vector(0), r.vector(1), r.zeros()
         table = r.part(Context.PERMUTES, r.field(2), 2 * shape.lanes)
 

@@ -42,7 +42,7 @@ class Code(IntEnum):
     PERMUTE = 18
     SHIFT = 19
     TRANSPOSE = 20
-    MOVE = 21  # a permutation that keeps superlanes whole
+    MOVE = 21  # a permutation where neighbours of a superlane stay neighbours
     ALU = 22
 
 

@@ -38,12 +38,11 @@ class Resolver:
     ) -> None:
         """maps: the program's. constants: value -> number; it grows, for all sections."""
         self.chip, self.shape, self.constants = chip, shape, constants
-        # Of each map, whether it keeps superlanes whole: lane 0 of each speaks for all of it.
+        # Of each map, whether every superlane comes from neighbouring lanes, or from none.
         superlanes = maps.astype(np.int64).reshape(len(maps), chip.superlanes, SUPERLANE)
         first = superlanes[:, :, :1]
         inside = np.where(first < 0, 0, np.arange(SUPERLANE))
-        together = (superlanes == first + inside) & ((first < 0) | (first % SUPERLANE == 0))
-        self.whole = together.all(axis=(1, 2))
+        self.whole = (superlanes == first + inside).all(axis=(1, 2))
         self.issued = expand(section, chip)
         self.bases = Bases(chip, self.issued)
         self.wires = Wires(chip)
