@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tiny_models import FAMILIES, SCALINGS, in_blocks, random_model, stages
 
+from openlpu.asm.container import program_sha256
 from openlpu.chip import load_chip
 from openlpu.graph import Batch, Graph, Param, RowTensor, Tensor, TensorSource
 from openlpu.load.weights import Weights
 from openlpu.passes.recipe import Materializer
 from openlpu.passes.rewrite import with_attrs, with_ops
-from openlpu.schedule.build import Sizes
+from openlpu.schedule.build import Sizes, build_program
 
 TINY = load_chip("tiny")
 STAGES = {
@@ -24,8 +25,8 @@ STAGES = {
     "w4": ("quantize_blocks", "fuse_qkv", "fuse_attention", "fuse_gate_up", "fuse_norm_quant"),
 }
 LAST_STAGE = "fuse_residual"
-_MOST_STEPS = 24  # to the first position that is compared
-_FAR_STEPS = 90  # the same, for the few cases that go far
+_MOST_STEPS = 16  # to the first position that is compared
+_FAR_STEPS = 130  # the same, for the few cases that go far
 _LARGE = 0.1  # of the cases have more heads and wider rows
 F32 = NDArray[np.float32]
 
@@ -55,13 +56,14 @@ class Case:
 
 
 def random_case(seed: int) -> Case:
-    """Every family in turn; sizes, stage, chunk and rows at random."""
+    """Every family in turn; sizes, stage, chunk and rows at random. A chunk of 16 fills half of a
+    tile, as 64 does on large chips."""
     rng = random.Random(f"case {seed}")
     family = sorted(FAMILIES)[seed % len(FAMILIES)]
     precision = "w4" if rng.random() < 0.1 else "w8"
     rows = rng.choice((1, 1, 1, 2, 3, 4))
     sequences = rng.choice([n for n in range(1, rows + 1) if rows % n == 0])
-    chunk = rng.choice((64, 64, 64, 64, 128, 128, 192, 256, 320))
+    chunk = rng.choice((64, 64, 64, 128, 192, 256, 320, 16, 32, 48))
     context, start = _reach(rng, chunk, rows // sequences)
     return Case(
         seed,
@@ -75,13 +77,23 @@ def random_case(seed: int) -> Case:
     )
 
 
+def reach_of(chunk: int, context: int) -> int:
+    """Positions of a group of chunks: a tile of as many positions as there are lanes in each plane,
+    or one chunk if that has more tiles."""
+    tiles = -(-chunk // TINY.lanes)
+    return chunk * max(1, min(TINY.planes // tiles, -(-context // chunk)))
+
+
 def _reach(rng: random.Random, chunk: int, per: int) -> tuple[int, int]:
     """A context, and a position in it, mostly short of where a tile, chunk or group ends."""
-    most = per * (_FAR_STEPS if rng.random() < 0.08 else _MOST_STEPS)
-    edges = [edge for edge in (0, 32, 64, 96, 128, 192, 256, 320, 384) if edge <= most]
-    edge = rng.choice([*edges, *edges[-2:]])
+    far = rng.random() < 0.15
+    most = per * (_FAR_STEPS if far else _MOST_STEPS)
+    group = reach_of(chunk, 1 << 20)
+    edges = sorted({0, TINY.lanes, 3 * TINY.lanes, chunk, 2 * chunk, group, 2 * group, 3 * group})
+    edges = [edge for edge in edges if edge <= most]
+    edge = rng.choice(edges[-2:] if far else [*edges, *edges[-2:]])
     start = max(0, edge - rng.randint(0, 2 * per))
-    context = start + rng.choice((8, 8, 40, 200)) + rng.randint(0, 30)
+    context = start + rng.choice((2, 8, 40, 200)) + rng.randint(0, 30)
     return max(context, rng.choice((1, 1, chunk + 1))), start
 
 
@@ -211,6 +223,13 @@ def _step(
         lengths[slot] += count
     wanted = [len(rows) - 1] if alone else [i for i in range(len(rows)) if rng.random() < 0.8]
     return batch_of(rows, wanted, case.sizes.sequences)
+
+
+def digest(seed: int) -> str:
+    """The sha256 of a case's program."""
+    case = random_case(seed)
+    model = model_of(case)
+    return program_sha256(build_program(model.graph, model.source, TINY, case.sizes))
 
 
 def differing(a: F32, b: F32) -> int:

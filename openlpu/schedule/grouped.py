@@ -15,8 +15,8 @@ import numpy as np
 
 from openlpu.chip import EAST, WEST
 from openlpu.errors import DoesNotFit, UnsupportedModel
-from openlpu.graph import Op, Param
-from openlpu.graph.ops import BLOCK_FORMATS, weights_and_biases
+from openlpu.graph import Op
+from openlpu.graph.ops import weights_and_biases
 from openlpu.numerics import GROUP, SUPERLANE
 from openlpu.schedule.constants import BYTE, WORD
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand
@@ -35,11 +35,6 @@ _FLIP = 0x80808080 - (1 << 32)
 _ELEMENTS_TOGETHER = 6  # output vectors times rows that one expression computes
 _PARTS = 4  # lanes with weight 64 that make a byte's weight 256
 _SCALE_LANES = 1 + _PARTS
-
-
-def has_blocks(params: list[Param]) -> bool:
-    """Whether any of the params is stored in blocks."""
-    return any(param.format in BLOCK_FORMATS for param in params)
 
 
 @dataclass(frozen=True, slots=True)

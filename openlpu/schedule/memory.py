@@ -103,7 +103,7 @@ class Memory:
         spans = [self._spans[region, s, b] for b in banks]
         span = max(spans, key=self._room)
         if self._room(span) < words:
-            raise self._full(purpose, words - self._room(span))
+            raise self._full(purpose, span, words)
         span.fixed += words
         return span.first + span.words - span.fixed
 
@@ -117,9 +117,10 @@ class Memory:
         spans = max(choices, key=lambda spans: min(self._room(span) for span in spans))
         fixed = max(span.fixed for span in spans) + words
         for span in spans:
+            if self._room(span) + span.fixed < fixed:
+                raise self._full(purpose, span, fixed - span.fixed)
+        for span in spans:
             span.fixed = fixed
-            if self._room(span) < 0:
-                raise self._full(purpose, -self._room(span))
         return spans[0].first + spans[0].words - fixed
 
     def layered(self, purpose: str, s: int, words: int) -> int:
@@ -128,7 +129,7 @@ class Memory:
         spans = [self._spans[region, s, b] for b in range(self.chip.banks)]
         span = max(spans, key=self._room)
         if self._room(span) < words * self.layers:
-            raise self._full(purpose, words * self.layers - self._room(span))
+            raise self._full(purpose, span, words * self.layers)
         span.layered += words
         return span.first + span.layered - words
 
@@ -152,15 +153,18 @@ class Memory:
         region = self.region(purpose).name
         return [b for b in range(self.chip.banks) if self._spans[region, s, b].words]
 
-    def _full(self, purpose: str, missing: int) -> DoesNotFit:
-        region = self.region(purpose)
-        have = region.words * self.chip.slices * self.chip.lanes
+    def _full(self, purpose: str, span: _Span, words: int) -> DoesNotFit:
+        """The error for `words` more words of a slice whose part of the region is too full."""
+        shrink = {
+            "state": ("fewer --rows",),
+            "context": ("a shorter --context",),
+        }.get(purpose, ("--table-region", "--precision w4"))
         return DoesNotFit(
-            f"{purpose} in region {region.name} of {self.chip.name}",
-            have + missing * self.chip.slices * self.chip.lanes,
-            have,
-            "bytes",
-            ("a shorter --context", "fewer --rows", "--precision w4", "a larger chip"),
+            f"{purpose} in region {self.region(purpose).name} of {self.chip.name}",
+            span.words - self._room(span) + words,
+            span.words,
+            "words of a slice's bank",
+            (*shrink, "a larger chip"),
         )
 
     @property
@@ -216,7 +220,15 @@ class Memory:
                 self.used.append((what, s, self.fixed(purpose, s, count), count))
                 words -= count
         if words:
-            raise self._full(purpose, words)
+            region = self.region(purpose)
+            have = region.words * self.chip.slices
+            raise DoesNotFit(
+                f"{what} in region {region.name} of {self.chip.name}",
+                have + words,
+                have,
+                "words",
+                ("--table-region", "--precision w4", "a larger chip"),
+            )
 
     # -- contents -------------------------------------------------------------------------------
 
