@@ -18,7 +18,7 @@ PACKAGE = REPOSITORY / "openlpu"
 FLOORS = (
     ("0 leaves", "errors knobs numerics chip system isa store jit"),
     ("1 data", "graph reference program"),
-    ("2 readers", "asm check cost host sim"),
+    ("2 readers", "asm check cost bounds host sim"),
     ("3 makers", "load models passes schedule"),
     ("4 compiler", "compiler"),
     ("5 engine", "engine"),
