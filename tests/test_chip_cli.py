@@ -64,15 +64,23 @@ def program(lpu: Lpu, tiny: str, folder: Path) -> str:
 # -- what works ---------------------------------------------------------------------------------
 
 
-def test_compile_tells_sizes_and_speed(lpu: Lpu, tiny: str, program: str, folder: Path) -> None:
+def test_compile_tells_sizes_and_speed(
+    lpu: Lpu,
+    tiny: str,
+    program: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out, made = (folder / "told.txt").read_text(), asm.load(program)
     step = cycles(made, {"groups": (1,)})
     assert f"{step:,} cycles a step at full context" in out
     assert f"sha256 {asm.program_sha256(made)}" in out
     assert all(section.name in out for section in made.sections)
-    path = folder / "again.lpu"
-    code, out, _ = lpu("compile", tiny, "--chip", "tiny", "-o", str(path), "--json")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = lpu("compile", tiny, "--chip", "tiny", "--json")
     assert code == 0
+    path = tmp_path / "tiny.lpu"  # the model's name, here
     assert path.read_bytes() == Path(program).read_bytes()
     report = json.loads(out)
     assert report["cycles"] == step
@@ -83,16 +91,6 @@ def test_compile_tells_sizes_and_speed(lpu: Lpu, tiny: str, program: str, folder
     assert report["used_bytes"] == sum(use["bytes"] for use in report["memory"])
     assert sum(s["runs"] * s["cycles"] for s in report["sections"]) == step
     assert lpu("check", str(path))[0] == 0
-
-
-def test_compile_writes_beside_nobody_asked(
-    lpu: Lpu, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, out, _ = lpu("compile", tiny, "--chip", "tiny", "--context", "64")
-    assert code == 0
-    assert out.startswith("tiny.lpu: ")
-    assert facts(asm.load(tmp_path / "tiny.lpu")).context == 64
 
 
 @pytest.mark.parametrize("machine", ["fast", "step"])
@@ -146,18 +144,25 @@ def test_sim_fails_on_one_bit(lpu: Lpu, program: str, monkeypatch: pytest.Monkey
 def test_explain_fits_a_terminal(lpu: Lpu, program: str) -> None:
     code, out, err = lpu("explain", program)
     assert (code, err) == (0, "")
-    assert len(out.splitlines()) <= 62
+    assert len(out.splitlines()) <= 65
     made = asm.load(program)
     for section in made.sections:
         assert section.name in out
     assert "what binds: latency" in out
     assert "mJ a token" in out
     assert "logits linear" in out
+    plain = out
     code, out, _ = lpu("explain", program, "--json", "--params", "groups=1")
     report = json.loads(out)
     assert report["cycles"] == cycles(made, {"groups": (1,)})
     assert report["watts"] == pytest.approx(report["joules"] / report["seconds"])
     assert report["joules"] == pytest.approx(sum(report["energy_pj"].values()) / 1e12)
+    least = report["least"]
+    assert least["cycles"] == max(least["by"].values()) <= report["cycles"]
+    assert f"at least {least['cycles']:,} cycles" in plain
+    along = sum(one["least_cycles"] for one in least["operations"].values())
+    assert along <= least["cycles"]  # of one layer
+    assert least["operations"]["l0.attn"]["parts"] > 3
     for section in report["sections"]:
         added = [operation["added_cycles"] for operation in section["operations"]]
         assert min(added) >= 0
@@ -174,6 +179,14 @@ def test_explain_takes_programs_of_no_model(lpu: Lpu, folder: Path) -> None:
     assert "mJ a step" in out
     assert "tokens/s" not in out
     assert "compiled model" in lpu("sim", path, "--prompt", "Hi")[2]
+
+
+def test_explain_tells_why_there_is_no_bound(lpu: Lpu, program: str, tmp_path: Path) -> None:
+    made = dataclasses.replace(asm.load(program), tables={})
+    asm.save(made, tmp_path / "bare.lpu")
+    code, out, _ = lpu("explain", str(tmp_path / "bare.lpu"))
+    assert code == 0
+    assert "no lower bound: the program holds no graph" in out
 
 
 def _text_of_nothing() -> str:

@@ -18,7 +18,7 @@ from openlpu.engine import onchip
 from openlpu.engine.batcher import Engine
 from openlpu.engine.compiled import Compiled
 from openlpu.engine.model import open_model
-from openlpu.engine.onchip import Checked, ChipStep, Facts, OnChip, cut, facts, machine
+from openlpu.engine.onchip import Checked, ChipStep, Facts, OnChip, cut, facts, graph_of, machine
 from openlpu.engine.runner import Runner
 from openlpu.engine.sampling import Sampling
 from openlpu.errors import MachineError, ProgramError, RequestError
@@ -70,7 +70,8 @@ def same_bits(got: F32, expected: F32) -> bool:
 
 def test_the_program_tells_what_it_is(compiled: Compiled, program: Program) -> None:
     expected = identity(compiled.graph, Materializer(compiled.weights))
-    assert facts(program) == Facts("llama", "somewhere", "w8", expected, 1, 1, CONTEXT, 264)
+    assert facts(program) == Facts("llama", "somewhere", "w8", expected, 1, 1, CONTEXT, 264, 320)
+    assert graph_of(program) == compiled.graph
     host = compiled.host()
     assert host.identity == expected
     host.close()
@@ -135,7 +136,7 @@ def batch(rows: list[tuple[int, int, int]]) -> Batch:
 
 
 def sizes(rows: int, sequences: int) -> Facts:
-    return Facts("", "", "w8", "", rows, sequences, CONTEXT, 264)
+    return Facts("", "", "w8", "", rows, sequences, CONTEXT, 264, 320)
 
 
 def test_a_batch_is_cut_into_what_the_program_takes() -> None:
@@ -284,3 +285,10 @@ def test_missing_ports_are_named(program: Program, on: Machine) -> None:
         OnChip(dataclasses.replace(program, ports=ports), CHIP, on)
     with pytest.raises(ProgramError, match="groups"):
         OnChip(dataclasses.replace(program, params=()), CHIP, on)
+
+
+@pytest.mark.parametrize("text", [b"", b"graph", b"\xff", None])
+def test_a_graph_that_does_not_read_is_one_error(program: Program, text: bytes | None) -> None:
+    tables = {} if text is None else {"graph": np.frombuffer(text, np.uint8)}
+    with pytest.raises(ProgramError, match="graph"):
+        graph_of(dataclasses.replace(program, tables=tables))

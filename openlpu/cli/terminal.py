@@ -138,6 +138,8 @@ def _bars() -> Bars:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        redirect_stdout=False,  # results go where the user sent them, bars or not
+        redirect_stderr=False,
     )
     bars.start()
     return bars

@@ -138,7 +138,8 @@ class Compiled:
         progress: Progress | None = None,
     ) -> Program:
         """The program of a step on a chip: `rows` rows, as many of each of `sequences` sequences
-        of up to `context` positions. What engine.onchip must know besides goes into its meta.
+        of up to `context` positions. Its meta has what engine.onchip must know, its table "graph"
+        the graph's text.
         table_region, effort: see schedule.build. checkpoint: where the tokenizer is found again.
 
         Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no sense.
@@ -161,7 +162,9 @@ class Compiled:
             "precision": self.precision,
         }
         meta = {**json.loads(program.meta), **facts}
-        return replace(program, meta=json.dumps(meta, sort_keys=True))
+        text = np.frombuffer(dumps(self.graph).encode(), np.uint8)
+        tables = {**program.tables, "graph": text}
+        return replace(program, meta=json.dumps(meta, sort_keys=True), tables=tables)
 
     def reference(self, *, graph: Graph | None = None) -> ReferenceRunner:
         """The slow exact reference, of the last graph or of any other of `stages`."""

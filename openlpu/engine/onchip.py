@@ -23,8 +23,10 @@ from openlpu.chip import Chip
 from openlpu.engine.pages import pages_for
 from openlpu.engine.runner import Runner
 from openlpu.engine.verify import Differences
-from openlpu.errors import MachineError, ProgramError, RequestError
+from openlpu.errors import GraphError, MachineError, ProgramError, RequestError
+from openlpu.graph import Graph
 from openlpu.graph.step import Batch
+from openlpu.graph.text import loads
 from openlpu.program import Program
 from openlpu.sim.drive import Driver, Machine
 from openlpu.sim.result import Result
@@ -63,6 +65,8 @@ class Facts:
     sequences: int
     context: int
     vocabulary: int
+    group_positions: int
+    """A sequence of n positions takes n / group_positions groups, rounded up."""
 
     @property
     def rows_of_a_sequence(self) -> int:
@@ -87,8 +91,19 @@ def facts(program: Program) -> Facts:
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ProgramError(f"the program's meta: {name} is no text")
-    names = ("rows", "sequences", "context", "vocabulary")
-    return Facts(**texts, **{name: meta[name] for name in names})
+    counts = {name: meta[name] for name in ("rows", "sequences", "context", "vocabulary")}
+    return Facts(**texts, **counts, group_positions=meta["chunk"] * meta["chunks_per_group"])
+
+
+def graph_of(program: Program) -> Graph:
+    """The Graph that the program was made from. Raises ProgramError if it does not hold it."""
+    text = program.tables.get("graph")
+    if text is None or text.dtype != np.uint8 or text.ndim != 1:
+        raise ProgramError("the program holds no graph")
+    try:
+        return loads(text.tobytes().decode())
+    except (UnicodeDecodeError, GraphError) as error:
+        raise ProgramError(f"the program's graph: {error}") from None
 
 
 def machine(program: Program, chip: Chip, name: MachineName = "fast") -> Machine:
