@@ -334,6 +334,7 @@ class _Reader:
         self.demand(streams % 4 == 0, f"{streams} streams hold no whole groups of 4 bytes")
         load = chip.install_streams
         self.demand(lanes % load == 0, f"{lanes} lanes are no multiple of {load} install streams")
+        self.demand(lanes >= 2 * load, f"{lanes} lanes hold no 16-bit offset for {load} slices")
         self.demand(streams % load == 0, f"{streams} streams are no multiple of {load} to install")
         widest = 133_000 * 127 * 127
         self.demand(lanes * 128 * 128 <= widest, f"a sum over {lanes} lanes overflows int32")

@@ -1,4 +1,4 @@
-"""In: a seed. Out: a small random model for the chip `tiny`, and steps to drive it through."""
+"""In: a seed. Out: a small random model for a chip like `tiny`, and steps to drive it through."""
 
 from __future__ import annotations
 
@@ -12,14 +12,61 @@ from numpy.typing import NDArray
 from tiny_models import FAMILIES, SCALINGS, in_blocks, random_model, stages
 
 from openlpu.asm.container import program_sha256
-from openlpu.chip import load_chip
+from openlpu.check import check
+from openlpu.chip import Chip, Latency, Region, load_chip
 from openlpu.graph import Batch, Graph, Param, RowTensor, Tensor, TensorSource
 from openlpu.load.weights import Weights
+from openlpu.numerics import GROUP, SUPERLANE
 from openlpu.passes.recipe import Materializer
 from openlpu.passes.rewrite import with_attrs, with_ops
+from openlpu.program import Program, Run
 from openlpu.schedule.build import Sizes, build_program
+from openlpu.schedule.layout import Maps
+from openlpu.schedule.memory import Buffer, Memory
+from openlpu.schedule.section import SectionBuilder
+from openlpu.sim.step import Step
 
 TINY = load_chip("tiny")
+# Every part of the compiler that counts lanes, planes, slices or cycles, in other numbers.
+CHIPS: dict[str, Chip] = {
+    "tiny": TINY,
+    "superlanes 4": replace(TINY, superlanes=4),
+    "superlanes 3": replace(TINY, superlanes=3),  # offsets fill part of a vector
+    "superlanes 6": replace(TINY, superlanes=6),  # a chunk of 64 fills part of a tile
+    "planes 2": replace(TINY, planes_per_hemisphere=1),
+    "slices 48": replace(  # enough for a quad without weights
+        TINY, planes_per_hemisphere=1, slices_per_hemisphere=24
+    ),
+    "regions": replace(
+        TINY,
+        regions=(
+            Region("hot", ("state",), 0, 500),
+            Region("kept", ("context",), 500, 700),  # in both banks
+            Region("rest", ("weights",), 1200, 848),
+        ),
+    ),
+    "slow": replace(
+        TINY,
+        history_cycles=48,
+        latency=Latency(
+            mem_read=5,
+            mem_write=3,
+            base_load=2,
+            mxm_load=2,
+            mxm_install=3,
+            mxm_dot=17,
+            mxm_out=2,
+            alu_int=2,
+            alu_mul=4,
+            alu_float=5,
+            alu_convert=3,
+            alu_divide=23,
+            sxm_superlane=3,
+            sxm_across=7,
+            sxm_transpose=20,
+        ),
+    ),
+}
 STAGES = {
     "w8": ("quantize_w8", "fuse_qkv", "fuse_attention", "fuse_gate_up", "fuse_norm_quant"),
     "w4": ("quantize_blocks", "fuse_qkv", "fuse_attention", "fuse_gate_up", "fuse_norm_quant"),
@@ -27,8 +74,9 @@ STAGES = {
 LAST_STAGE = "fuse_residual"
 _MOST_STEPS = 16  # to the first position that is compared
 _FAR_STEPS = 130  # the same, for the few cases that go far
-_LARGE = 0.1  # of the cases have more heads and wider rows
+_LARGE = 0.05  # of the cases have more heads and wider rows
 F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -37,6 +85,7 @@ class Case:
     are drawn at random."""
 
     seed: int
+    chip_name: str  # in CHIPS
     family: str
     precision: str
     stage: str
@@ -44,6 +93,10 @@ class Case:
     sizes: Sizes
     start: int
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.chip_name]
 
     @property
     def per(self) -> int:
@@ -56,39 +109,42 @@ class Case:
 
 
 def random_case(seed: int) -> Case:
-    """Every family in turn; sizes, stage, chunk and rows at random."""
+    """Every family in turn; chip, sizes, stage, chunk and rows at random."""
     rng = random.Random(f"case {seed}")
     family = sorted(FAMILIES)[seed % len(FAMILIES)]
-    precision = "w4" if rng.random() < 0.1 else "w8"
-    rows = rng.choice((1, 1, 1, 2, 3, 4))
+    chip_name = "tiny" if rng.random() < 0.6 else rng.choice(list(CHIPS))
+    chip = CHIPS[chip_name]
+    precision = "w4" if chip.lanes % GROUP == 0 and rng.random() < 0.1 else "w8"
+    rows = rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 3, 4))
     sequences = rng.choice([n for n in range(1, rows + 1) if rows % n == 0])
-    chunk = rng.choice((64, 64, 64, 128, 192, 256, 320))
-    context, start = _reach(rng, chunk, rows // sequences)
+    chunk = rng.choice((64, 64, 64, 64, 64, 64, 128, 128, 192, 256, 320))
+    context, start = _reach(rng, chip, chunk, rows // sequences)
     return Case(
         seed,
+        chip_name,
         family,
         precision,
         rng.choice((*STAGES[precision], LAST_STAGE, LAST_STAGE)),
         chunk,
         Sizes(rows, sequences, context),
         start,
-        _options(rng, family, context, multiple=32 if precision == "w4" else 16),
+        _options(rng, family, chip, context, multiple=GROUP if precision == "w4" else SUPERLANE),
     )
 
 
-def reach_of(chunk: int, context: int) -> int:
+def reach_of(chip: Chip, chunk: int, context: int) -> int:
     """Positions of a group of chunks: a tile of as many positions as there are lanes in each plane,
     or one chunk if that has more tiles."""
-    tiles = -(-chunk // TINY.lanes)
-    return chunk * max(1, min(TINY.planes // tiles, -(-context // chunk)))
+    tiles = -(-chunk // chip.lanes)
+    return chunk * max(1, min(chip.planes // tiles, -(-context // chunk)))
 
 
-def _reach(rng: random.Random, chunk: int, per: int) -> tuple[int, int]:
+def _reach(rng: random.Random, chip: Chip, chunk: int, per: int) -> tuple[int, int]:
     """A context, and a position in it, mostly short of where a tile, chunk or group ends."""
     far = rng.random() < 0.15
     most = per * (_FAR_STEPS if far else _MOST_STEPS)
-    group = reach_of(chunk, 1 << 20)
-    edges = sorted({0, TINY.lanes, 3 * TINY.lanes, chunk, 2 * chunk, group, 2 * group, 3 * group})
+    group, lanes = reach_of(chip, chunk, 1 << 20), chip.lanes
+    edges = sorted({0, lanes, 3 * lanes, chunk, 2 * chunk, group, 2 * group, 3 * group})
     edges = [edge for edge in edges if edge <= most]
     edge = rng.choice(edges[-2:] if far else [*edges, *edges[-2:]])
     start = max(0, edge - rng.randint(0, 2 * per))
@@ -96,12 +152,14 @@ def _reach(rng: random.Random, chunk: int, per: int) -> tuple[int, int]:
     return max(context, rng.choice((1, 1, chunk + 1))), start
 
 
-def _options(rng: random.Random, family: str, context: int, *, multiple: int) -> dict[str, Any]:
+def _options(
+    rng: random.Random, family: str, chip: Chip, context: int, *, multiple: int
+) -> dict[str, Any]:
     """Sizes of a model, and the options that its family has."""
     large = rng.random() < _LARGE
-    kv_heads = rng.choice((1, 2, 3) if large else (1, 1, 2))
+    kv_heads = rng.choice((1, 2, 3) if large else (1, 1, 1, 2))
     share = rng.choice((1, 2, 3) if large else (1, 1, 2))
-    head_dim = rng.choice((multiple, 32))
+    head_dim = rng.choice([dim for dim in (multiple, 32) if dim <= chip.lanes])
     window = rng.choice((1, rng.randint(2, 40), rng.randint(30, 100), 2 * context))
     layers = rng.choice((1, 1, 1, 2, 3))
     given: dict[str, Any] = {
@@ -137,9 +195,8 @@ class Model:
 
 def model_of(case: Case) -> Model:
     """The case's graph, with its chunk in every attention, and its tensors."""
-    config, weights = random_model(case.family, seed=case.seed, **case.options)
-    if case.precision == "w4":
-        weights = _in_blocks(case, weights)
+    config, floats = random_model(case.family, seed=case.seed, **case.options)
+    weights = _in_blocks(case, floats) if case.precision == "w4" else floats
     graph = stages(config, weights, case.precision)[case.stage]
     return Model(with_chunk(graph, case.chunk), Materializer(weights))
 
@@ -228,10 +285,89 @@ def digest(seed: int) -> str:
     """The sha256 of a case's program."""
     case = random_case(seed)
     model = model_of(case)
-    return program_sha256(build_program(model.graph, model.source, TINY, case.sizes))
+    return program_sha256(build_program(model.graph, model.source, case.chip, case.sizes))
 
 
 def differing(a: F32, b: F32) -> int:
     """How many numbers differ in their bits, NaNs being equal."""
     both_nan = np.isnan(a) & np.isnan(b)
     return int(((a.view(np.int32) != b.view(np.int32)) & ~both_nan).sum())
+
+
+class Bench:
+    """One section of a chip, and vectors that lie in its scratch when it begins."""
+
+    def __init__(self, chip: Chip, *, scratch_words: int = 256) -> None:
+        self.chip = chip
+        self.memory = Memory(chip, layers=1, scratch_words=scratch_words)
+        self.builder = SectionBuilder(chip, self.memory, Maps(chip), "bench")
+        self.builder.tag("bench")
+        self._held: list[tuple[Buffer, I32]] = []
+
+    def room(
+        self, width: int, count: int, *, side: int | None = None, outer: bool = False
+    ) -> Buffer:
+        return self.memory.scratch(width, count, hemisphere=side, outer=outer)
+
+    def hold(
+        self, values: I32, width: int = 4, *, side: int | None = None, outer: bool = False
+    ) -> Buffer:
+        """A buffer with the low bytes of int32 [count, lanes]."""
+        buffer = self.room(width, len(values), side=side, outer=outer)
+        self._held.append((buffer, values))
+        return buffer
+
+    def run(self, *buffers: Buffer) -> list[I32]:
+        """Finish the section, check and run it; what then lies in the buffers, sign-extended."""
+        program = Program(
+            self.chip.name,
+            (self.builder.finish(),),
+            (Run(0),),
+            (),
+            self.builder.maps.table(),
+            self.memory.image(),
+            (),
+            tuple(self.memory.used),
+        )
+        check(program, self.chip)
+        step = Step(program, self.chip)
+        for buffer, values in self._held:
+            split = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 4)
+            for b, place in enumerate(_places(buffer)):
+                step.memory[place] = split[:, :, b]
+        assert step.run({}).cycles == program.sections[0].cycles
+        found = []
+        for buffer in buffers:
+            words = np.zeros((buffer.count, self.chip.lanes), np.uint32)
+            for b, place in enumerate(_places(buffer)):
+                words |= step.memory[place].astype(np.uint32) << np.uint32(8 * b)
+            found.append(cut_to(words.view(np.int32), buffer.width))
+        return found
+
+
+def _places(buffer: Buffer) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    for s, word in zip(buffer.slices, buffer.words, strict=True):
+        yield s, word + np.arange(buffer.count) * buffer.step
+
+
+def cut_to(words: I32, width: int) -> I32:
+    """The low bytes, sign-extended."""
+    unused = np.int32(32 - 8 * width)
+    cut: I32 = (words << unused) >> unused
+    return cut
+
+
+def random_words(rng: np.random.Generator, count: int, lanes: int) -> I32:
+    """Any bits, floats of all sizes, small integers, and what is easily forgotten."""
+    whole = rng.integers(-(2**31), 2**31, (count, lanes)).astype(np.int32)
+    floats = (rng.standard_normal((count, lanes)) * 10.0 ** rng.integers(-3, 9)).astype(np.float32)
+    special = np.array(
+        [0, -1, 1, -(1 << 31), 0x7F800000, 0x7FC00000, -(1 << 23), 1 << 23], np.int32
+    )
+    kinds = (
+        whole,
+        floats.view(np.int32),
+        whole % np.int32(200),
+        special[rng.integers(0, len(special), (count, lanes))],
+    )
+    return np.choose(rng.integers(0, 4, (count, lanes)), kinds).astype(np.int32)

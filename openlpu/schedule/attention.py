@@ -127,14 +127,11 @@ class Attention:
     ) -> None:
         """Send the new position's vectors past every slice that may keep them."""
         g, chip = self.g, low.chip
-        limit = g.sequences * g.groups * (g.lanes // chip.install_streams)
-        stride = low.memory  # bases include the layer's part; the bank is the whole limit
-        del stride
+        first = chip.latency.base_load  # the earliest cycle at which a base holds
         for u in range(g.units):
             address, lane = self.ports.key_address(u)
             slices = self.cache.slices[u]
-            width = len(slices)
-            top = self._limit(low, (*self.cache.keys[v, u], *self.cache.values[v, u]), limit)
+            top = self._limit(low, (*self.cache.keys[v, u], *self.cache.values[v, u]))
             bases = [
                 Visit(s, "setbase", base=SET_BASE, lane=lane + 2 * i, limit=top)
                 for i, s in enumerate(slices)
@@ -143,22 +140,20 @@ class Attention:
                 [Visit(s, "write", word=words[i], base=SET_BASE) for i, s in enumerate(slices)]
                 for words in (self.cache.keys[v, u], self.cache.values[v, u])
             ]
-            assert width == chip.install_streams
             deliver(
                 low.b,
                 [
                     Send(0, address, bases),
-                    Send(1, key[0], writes[0]),
-                    Send(2, value[0], writes[1]),
+                    Send(first, key[0], writes[0]),
+                    Send(first + 1, value[0], writes[1]),
                 ],
                 low.rows,
-                3,
+                first + 2,
             )
             self._append_scales(low, v, u, key[1], value[1])
 
-    def _limit(self, low: Lowering, words: tuple[int, ...], span: int) -> int:
+    def _limit(self, low: Lowering, words: tuple[int, ...]) -> int:
         """The largest base that keeps every word in its bank."""
-        del span
         bank = low.chip.words_per_bank
         return min(bank - 1 - word % bank for word in words)
 
@@ -169,23 +164,23 @@ class Attention:
         slices = self.cache.scale_slices[u]
         kept = [self.cache.key_scales[v, h, u] for h in range(len(keys))]
         kept += [self.cache.value_scales[v, h, u] for h in range(len(values))]
-        top = self._limit(low, tuple(word for words in kept for word in words), 0)
+        top = self._limit(low, tuple(word for words in kept for word in words))
         bases = [Visit(s, "setbase", base=SET_BASE, lane=lane, limit=top) for s in slices]
         sends = [Send(0, address, bases)]
-        at = 1
-        hop = low.chip.slices_per_hop
+        at = low.chip.latency.base_load
+        together = 2 if low.chip.slices_per_hop % 2 == 0 else 1  # slices at one position
         for scale, words in zip([*keys, *values], kept, strict=True):
-            for b in range(0, WORD, 2):
-                pair = replace(scale, slices=scale.slices[b : b + 2], words=scale.words[b : b + 2])
-                assert slices[b] // hop == slices[b + 1] // hop
+            for b in range(0, WORD, together):
+                part = slice(b, b + together)
+                some = replace(scale, slices=scale.slices[part], words=scale.words[part])
                 # from the other side than the scale: both are fetched at the same time
                 lane_map = self.ports.lane_map(1 - side_of(scale, low.chip))
                 sends.append(Send(at, lane_map, []))
                 visits = [
                     Visit(slices[b + i], "scatter", part=i, word=words[b + i], base=SET_BASE)
-                    for i in range(2)
+                    for i in range(together)
                 ]
-                sends.append(Send(at, pair, visits, with_map=len(sends) - 1))
+                sends.append(Send(at, some, visits, with_map=len(sends) - 1))
                 at += 1
         deliver(low.b, sends, low.rows, at)
 

@@ -79,7 +79,7 @@ def build_program(
     """effort: how many placements of scratch are tried; of each section the shortest schedule is
     kept. Raises DoesNotFit, UnsupportedModel, RequestError for sizes that make no
     sense."""
-    _check_sizes(sizes)
+    _check_sizes(sizes, effort)
     model = parts(plain(graph))
     refuse_too_large(model, chip, region_of_table(chip, sizes.table_region))
     refused: DoesNotFit | None = None
@@ -99,7 +99,9 @@ def build_program(
     raise refused
 
 
-def _check_sizes(sizes: Sizes) -> None:
+def _check_sizes(sizes: Sizes, effort: int) -> None:
+    if effort < 1:
+        raise RequestError(f"effort is {effort}; give at least 1")
     if not 1 <= sizes.rows <= MAX_ROWS:
         raise RequestError(f"rows is {sizes.rows}; give 1 to {MAX_ROWS}")
     if sizes.sequences < 1 or sizes.rows % sizes.sequences:

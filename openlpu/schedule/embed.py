@@ -65,7 +65,8 @@ def place_rows(
     order.sort(key=lambda place: place[0] % half not in quiet)  # what no load needs comes first
     # Some room stays for constants, which the VXM reads while planes load.
     shared = memory.region("table") == memory.region("weights")
-    kept = _KEPT_WORDS if shared and memory.quiet_quad is not None else 0
+    kept = min(_KEPT_WORDS, chip.words_per_bank // 4)
+    kept = kept if shared and memory.quiet_quad is not None else 0
     rooms = {place: max(0, memory.bank_room("table", *place) - kept) // vectors for place in order}
     sizes = sorted(set(rooms.values()) - {0}, reverse=True)
     if not shared:  # evenly, so that each plane finds quads of its own for a tied head's tiles

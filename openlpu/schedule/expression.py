@@ -17,6 +17,9 @@ from openlpu.chip import EAST, Chip
 from openlpu.schedule.memory import Buffer
 
 WORD_BYTES = 4
+ALONE = 1 << 30  # the interval of a single element
+_FAR_CYCLES = 1 << 16  # no expression is so long
+_AROUND_CYCLES = 1 << 10  # more than a value is under way from memory or to it
 _READS = 4  # of one word in an expression: cheaper than an ALU that holds it
 
 
@@ -85,21 +88,56 @@ class Expression:
         node.outputs.extend(buffers)
 
 
+class CannotWaitError(Exception):
+    """No arrangement with so many ALUs keeps every value within the histories."""
+
+
 def arrange(expression: Expression, chip: Chip, count: int, alus: int) -> tuple[list[Node], int]:
     """Set `at` of every node (<= 0) and return them with the interval between elements.
 
     Nodes that must wait too long are handed on by added `mov`s. alus: how many may issue in a
     cycle. The expression is left as it is."""
     nodes = _one_use(_copied(expression.nodes), chip)
-    interval = 1 << 30
-    if count > 1:
-        interval = -(-len(nodes) // alus)
-    while True:
-        for margin in range(4, chip.history_cycles // 2, 4):
-            arranged = _Arrangement(chip, interval, alus, margin).run(_copied(nodes))
-            if arranged is not None:
-                return arranged, interval if count > 1 else 1
-        interval += 1
+    alone = _attempt(nodes, chip, ALONE, alus)
+    if alone is None:
+        raise CannotWaitError("values cannot wait as long as the expression takes")
+    if count == 1:
+        return alone, 1
+    # Elements so far apart that they never meet are each as alone.
+    farthest = alone[-1].at - alone[0].at + _AROUND_CYCLES
+    for interval in range(max(-(-len(nodes) // alus), _most_asked(nodes, chip)), farthest):
+        arranged = _attempt(nodes, chip, interval, alus)
+        if arranged is not None:
+            return arranged, interval
+    return alone, farthest
+
+
+def _attempt(nodes: list[Node], chip: Chip, interval: int, alus: int) -> list[Node] | None:
+    """Copies of the nodes, arranged with this interval, if one of the margins allows it."""
+    for margin in range(4, chip.history_cycles // 2, 4):
+        attempt = _Arrangement(chip, interval, alus, margin)
+        arranged = attempt.run(_copied(nodes))
+        if arranged is not None or attempt.crowded:  # crowded: another margin would not help
+            return arranged
+    return None
+
+
+def _most_asked(nodes: list[Node], chip: Chip) -> int:
+    """How often the port or bank that is asked for most is used by one element."""
+    asked: dict[tuple[str | int, ...], int] = {}
+    for node in nodes:
+        ways = [("read", arg.source) for arg in node.args if isinstance(arg, Leaf)]
+        for what, source in [*ways, *(("write", buffer) for buffer in node.outputs)]:
+            keys: list[tuple[str | int, ...]]
+            if isinstance(source, Accumulator):
+                keys = [("out", source.plane)]
+            else:
+                keys = [(what, s) for s in source.slices]
+                for s, word in zip(source.slices, source.words, strict=True):
+                    keys.append(("bank", s, word // chip.words_per_bank))
+            for key in keys:
+                asked[key] = asked.get(key, 0) + 1
+    return max(asked.values(), default=1)
 
 
 def _copied(nodes: list[Node]) -> list[Node]:
@@ -168,6 +206,7 @@ class _Arrangement:
         self.margin = margin  # cycles a node may slip because ALUs are taken
         self.interval = interval
         self._used: dict[tuple[str, int, int], int] = {}
+        self.crowded = False  # whether no cycle was found for a node
 
     def run(self, nodes: list[Node]) -> list[Node] | None:
         readers: dict[int, list[Node]] = {id(node): [] for node in nodes}
@@ -197,6 +236,7 @@ class _Arrangement:
         if not readers:
             return -lat
         reach = self.chip.history_cycles
+        took = isa.latency(self.chip, isa.KINDS["mov"])
         while True:
             first = min(reader.at for reader in readers)
             late = [reader for reader in readers if reader.at - first >= reach - self.margin]
@@ -205,9 +245,9 @@ class _Arrangement:
             last = max(reader.at for reader in late)
             served = [r for r in late if last - r.at < reach // 2]
             relay = Node("mov", [node])
-            if not self._settle(relay, min(r.at for r in served) - 1):
+            if not self._settle(relay, min(r.at for r in served) - took):
                 return None
-            if max(r.at for r in served) - relay.at - 1 >= reach:
+            if max(r.at for r in served) - relay.at - took >= reach:
                 return None
             for reader in served:
                 reader.args = [relay if arg is node else arg for arg in reader.args]
@@ -222,14 +262,18 @@ class _Arrangement:
 
     def _settle(self, node: Node, latest: int) -> bool:
         """Choose the node's cycle: the latest one with an ALU, ports and streams free."""
-        slip = 10**6 if self.interval > 1 << 20 else 4 * self.interval + 8
+        slip = _FAR_CYCLES if self.interval == ALONE else 4 * self.interval + 8
         for at in range(latest, latest - slip, -1):
-            claims = self._claims(node, at)
-            if all(self._used.get(key, 0) + n <= limit for key, n, limit in claims):
-                for key, n, _ in claims:
-                    self._used[key] = self._used.get(key, 0) + n
+            asked: dict[tuple[str, int, int], int] = {}
+            fits = True
+            for key, n, limit in self._claims(node, at):  # a node may ask for one thing twice
+                asked[key] = asked.get(key, self._used.get(key, 0)) + n
+                fits = fits and asked[key] <= limit
+            if fits:
+                self._used.update(asked)
                 node.at = at
                 return True
+        self.crowded = True
         return False
 
     def _bank(self, buffer: Buffer, s: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openlpu.chip import EAST, WEST
+from openlpu.errors import DoesNotFit
 from openlpu.schedule.expression import Accumulator
 from openlpu.schedule.memory import Buffer
 from openlpu.schedule.section import SectionBuilder, after
@@ -82,7 +83,15 @@ def accumulators(builder: SectionBuilder, plane: int, count: int) -> Accumulator
             else:
                 merged.append((cycle, slot, size))
         free[:] = merged
-        entry = min(e for e in free if e[2] >= count)
+        entry = min((e for e in free if e[2] >= count), default=None)
+        if entry is None:
+            raise DoesNotFit(
+                f"the accumulators of a plane of {builder.chip.name}",
+                count,
+                max((e[2] for e in free), default=0),
+                "vectors at once",
+                ("fewer --rows",),
+            )
     free.remove(entry)
     cycle, slot, size = entry
     if size > count:

@@ -106,6 +106,8 @@ def parts(graph: Graph) -> Parts:
     if not at or ops[0].kind != "embed":
         raise UnsupportedModel("the chip runs models of an embedding and layers of attention")
     size = at[1] - at[0] if len(at) > 1 else _last_layer_end(ops, at[0]) - 1
+    if any(ops[i].text("format", "i8") != "i8" for i in at):
+        raise UnsupportedModel("the chip runs quantized graphs; use precision w8 or w4")
     layers: list[Layer] = []
     for i, place in enumerate(at):
         first = 1 + i * size

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from openlpu import isa
 from openlpu.chip import EAST, WEST, Chip
+from openlpu.errors import DoesNotFit
 from openlpu.program import Issue, Section
 from openlpu.schedule.expression import (
     Accumulator,
+    CannotWaitError,
     Expression,
     Leaf,
     Node,
@@ -77,9 +79,15 @@ class SectionBuilder:
         for alus in range(self.chip.alus, 0, -1):  # a looser arrangement where one collides
             try:
                 return self._evaluate(expression, count, earliest, alus)
-            except InItsOwnWayError:
+            except (InItsOwnWayError, CannotWaitError):
                 continue
-        raise AssertionError("an expression cannot be placed even on one ALU")
+        raise DoesNotFit(
+            f"an expression on the VXM of {self.chip.name}",
+            len(expression.nodes),
+            self.chip.alus * self.chip.history_cycles,
+            "operations, and results that can wait",
+            ("a chip with longer histories", "fewer --rows"),
+        )
 
     def _evaluate(
         self, expression: Expression, count: int, earliest: int, alus: int

@@ -175,6 +175,8 @@ class Driver:
         meta, width = self.meta, self.chip.install_streams
         per = meta["rows"] // meta["sequences"]
         tile_words = self.chip.lanes // width
+        in_vector = self.chip.lanes // 2  # offsets; a vector holds those of whole units
+        units = in_vector // width
         rows = len(positions)
         bases = np.full((meta["layers"] * rows, port.features.size // 2), -1, "<i2")
         for row, position in enumerate(positions):
@@ -186,12 +188,13 @@ class Driver:
             unit = chunk_in_group * meta["tiles_per_chunk"] + tile
             slot = row // per * meta["groups"] + group
             for layer in range(meta["layers"]):
-                at = layer * meta["sequences"] * meta["groups"] + slot
+                slots = layer * meta["sequences"] * meta["groups"] + slot
                 if keys:
-                    word = at * tile_words + lane // width
-                    bases[layer * rows + row, unit * width + lane % width] = word
+                    word = slots * tile_words + lane // width
+                    at = unit // units * in_vector + unit % units * width + lane % width
+                    bases[layer * rows + row, at] = word
                 else:
-                    bases[layer * rows + row, unit] = at
+                    bases[layer * rows + row, unit] = slots
         return bases.view("<i1")
 
 
