@@ -328,8 +328,8 @@ def test_tiles_hold_the_weights(name: str) -> None:
             wanted[:, layout < 0] = 0
             assert np.array_equal(found, wanted)
         side = plane // chip.planes_per_hemisphere
-        assert store.side_of(0, turned) == side
-        assert store.side_of(1, turned) is None
+        assert store.side_of(0, 0, turned) == side
+        assert store.side_of(1, 0, turned) is None
         for s, _ in words:
             assert s // chip.slices_per_hemisphere == side
 

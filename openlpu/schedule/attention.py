@@ -29,7 +29,7 @@ from openlpu.schedule.context import (
 )
 from openlpu.schedule.deliver import Send, Visit, deliver
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Node, Operand, side_of
-from openlpu.schedule.functions import exp2, quantization_scale, quantization_step
+from openlpu.schedule.functions import as_node, exp2, quantization_scale, quantization_step
 from openlpu.schedule.lower import FEW_VECTORS, Lowering
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
 from openlpu.schedule.memory import Buffer
@@ -395,29 +395,45 @@ class Attention:
 
         Of the two powers of numerics section 6 one is 2^0. The first chunk that is seen at all
         takes the place of the sums (0 and 1), one that is not seen changes nothing (1 and 0)."""
-        g = self.g
         e = Expression()
         state = self._rows(self.state.top[v, j])
-        top = e.op("mov", Leaf(state))
-        pairs = []
-        for c in range(g.chunks_per_group):
+        highest = e.op("mov", Leaf(state))
+        known = [low.scratch()]  # the maximum before each chunk, and the last one
+        e.write(highest, known[0])
+        own = []  # each chunk's
+        for c in range(self.g.chunks_per_group):
             parts = {k: [Leaf(b)] for k, b in tops.items()}
-            m = e.op("mov", self._of_heads(low, e, v, j, c, parts))
-            idle, fresh = e.op("eq", m, MINUS_INF), e.op("eq", top, MINUS_INF)
-            rises = e.op("flt", top, m)
-            highest = e.op("fmax", top, m)
-            z = exp2(e, e.op("fsub", e.op("sel", rises, top, m), highest), below_zero=True)
-            # 2^0, or 2^-126 where the maximum is a NaN
-            one = e.op("sel", e.op("fle", highest, highest), 1.0, 2.0**-126)
-            x = e.op("sel", fresh, 0, e.op("sel", rises, z, one))
-            y = e.op("sel", idle, 0, e.op("sel", rises, one, z))
-            pairs.append((low.scratch(), low.scratch()))
-            e.write(x, pairs[-1][0])
-            e.write(y, pairs[-1][1])
-            top = highest
-        e.write(e.op("mov", top), state)
-        done = low.evaluate(e, *(buffer for pair in pairs for buffer in pair))
-        return list(zip(done[::2], done[1::2], strict=True))
+            m = as_node(e, self._of_heads(low, e, v, j, c, parts))
+            own.append(low.scratch())
+            e.write(m, own[-1])
+            highest = e.op("fmax", highest, m)
+            known.append(low.scratch())
+            e.write(highest, known[-1])
+        e.write(highest, state)
+        found = low.evaluate(e, *known, *own)
+        known, own = found[: len(known)], found[len(known) :]
+        return [
+            self._factors(low, before, m, after)
+            for before, m, after in zip(known, own, known[1:], strict=False)
+        ]
+
+    def _factors(
+        self, low: Lowering, before: Buffer, own: Buffer, highest: Buffer
+    ) -> tuple[Buffer, Buffer]:
+        """What the sums before a chunk, and its own, are multiplied by; from maxima."""
+        e = Expression()
+        top, m = Leaf(before), Leaf(own)
+        rises = e.op("flt", top, m)
+        z = exp2(e, e.op("fsub", e.op("sel", rises, top, m), Leaf(highest)), below_zero=True)
+        idle, fresh = e.op("eq", m, MINUS_INF), e.op("eq", top, MINUS_INF)
+        again = e.op("flt", top, m)  # not kept: its operands are read again
+        # 2^0, or 2^-126 where the maximum is a NaN
+        one = e.op("sel", e.op("fle", Leaf(highest), Leaf(highest)), 1.0, 2.0**-126)
+        outs = low.scratch(), low.scratch()
+        e.write(e.op("sel", fresh, 0, e.op("sel", again, z, one)), outs[0])
+        e.write(e.op("sel", idle, 0, e.op("sel", again, one, z)), outs[1])
+        x, y = low.evaluate(e, *outs)
+        return x, y
 
     def _merge(
         self,

@@ -243,11 +243,10 @@ class _Arrangement:
             if not late:
                 return first - lat
             last = max(reader.at for reader in late)
-            served = [r for r in late if last - r.at < reach // 2]
+            latest = last - took - (reach - 1 - self.margin)  # it may slip by the margin
+            served = [reader for reader in late if reader.at >= latest + took]
             relay = Node("mov", [node])
-            if not self._settle(relay, min(r.at for r in served) - took):
-                return None
-            if max(r.at for r in served) - relay.at - took >= reach:
+            if not self._settle(relay, latest) or last - relay.at - took >= reach:
                 return None
             for reader in served:
                 reader.args = [relay if arg is node else arg for arg in reader.args]

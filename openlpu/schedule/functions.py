@@ -45,11 +45,14 @@ def poisoned(e: Expression, amax_bits: Operand) -> Node:
     return e.op("sel", e.op("le", _INF, amax_bits), _NAN, amax_bits)
 
 
-def quantization_step(e: Expression, amax_bits: Operand) -> tuple[Node, Node]:
-    """(amax, 127 / amax or 0): numerics section 2."""
-    amax = poisoned(e, amax_bits)
-    usable = e.op("fle", float(TINY), amax)
-    return amax, e.op("sel", usable, e.op("fdiv", 127.0, amax), 0)
+def quantization_step(
+    e: Expression, amax_bits: Operand, levels: float = 127.0
+) -> tuple[Node, Node]:
+    """(amax, levels / amax or 0): numerics section 2. The quotient, which takes longest, waits for
+    nothing else."""
+    usable = e.op("and", e.op("fle", float(TINY), amax_bits), e.op("lt", amax_bits, _INF))
+    step = e.op("sel", usable, e.op("fdiv", levels, amax_bits), 0)
+    return poisoned(e, amax_bits), step
 
 
 def quantization_scale(e: Expression, amax: Operand) -> Node:

@@ -115,7 +115,7 @@ class Lowering(Tasks):
             self.prepare(value, block)
             for v in range(len(block)):
                 expression = Expression()
-                buffer = self.scratch() if into is None else into[first + v]
+                buffer = self.scratch(nearest=True) if into is None else into[first + v]
                 expression.write(self._operand(expression, value, block, v), buffer)
                 found += self.evaluate(expression, buffer)
         self.know(value, layout, found)
@@ -199,8 +199,8 @@ class Lowering(Tasks):
                 raise UnsupportedModel(f"the chip cannot compute {op.kind} %{value} here")
 
     def _prepare_together(self, op: Op, layout: Layout) -> None:
-        """Where both sources are columns of one product: their vectors by turns, so that the first
-        ones can be joined while the others are computed."""
+        """Where both sources are columns of one product: all vectors of the first one, which has
+        the longer way to go, then those of the second."""
         made = []
         for source in op.src:
             if source not in self.ops or (source, layout[0].tobytes()) in self._words:
@@ -211,8 +211,7 @@ class Lowering(Tasks):
             made.append((cut.src[0], layouts.shifted(layout, cut.integer("start"))))
         place, linear = self._op(made[0][0])
         if made[1][0] == made[0][0] and linear.kind == "linear":
-            by_turns = np.stack([made[0][1], made[1][1]], axis=1).reshape(-1, layout.shape[1])
-            self.products(linear, place, by_turns)
+            self.products(linear, place, np.concatenate([made[0][1], made[1][1]]))
 
     def _operand(self, e: Expression, value: str, layout: Layout, v: int) -> Operand:
         """Vector v of a value as part of an expression; `_prepare` came before."""
@@ -290,10 +289,10 @@ class Lowering(Tasks):
         by_rows = self._rows_are_fewer(x.layout, layout)
         firsts: dict[tuple[int, int], Accumulator] = {}
         for v, outputs in enumerate(layout):
-            split = self._shares(v, num_outputs, num_inputs) if by_rows else 1
+            split = self._shares(v, num_outputs, num_inputs)
             for part in range(split):
                 ks = range(num_inputs)[part::split]
-                plane = self._next_plane(place, outputs, by_rows)
+                plane = self._next_plane(place, part, outputs, by_rows)
                 for k in ks:
                     if by_rows:
                         tiles = [
@@ -364,9 +363,10 @@ class Lowering(Tasks):
         width = self.chip.install_streams
         return int((layout.reshape(len(layout), -1, width) >= 0).any(axis=2).sum())
 
-    def _next_plane(self, place: int, outputs: Layout, by_rows: bool) -> int:
-        """Planes in turn, west and east by turns; where columns lie already, their hemisphere."""
-        side = None if by_rows else self.store.side_of(place, outputs)
+    def _next_plane(self, place: int, k: int, outputs: Layout, by_rows: bool) -> int:
+        """Planes in turn, west and east by turns; where columns over input vector k lie already,
+        their hemisphere."""
+        side = None if by_rows else self.store.side_of(place, k, outputs)
         half = self.chip.planes_per_hemisphere
         if side is None:
             return self.next_plane()

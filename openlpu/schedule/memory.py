@@ -18,6 +18,7 @@ from openlpu.errors import DoesNotFit, RequestError
 from openlpu.program import Segment
 
 QUAD = 4  # slices that hold the bytes of a 32-bit vector
+_NEAREST_QUADS = 2  # of a hemisphere, for what is read as soon as it is written
 
 
 @dataclass(slots=True)
@@ -280,12 +281,22 @@ class Memory:
         for entry in self._scratch.values():
             entry[1] = 0
 
-    def scratch(self, width: int, count: int, *, hemisphere: int | None, outer: bool) -> Buffer:
+    def scratch(
+        self,
+        width: int,
+        count: int,
+        *,
+        hemisphere: int | None,
+        outer: bool,
+        nearest: bool = False,
+    ) -> Buffer:
         """A buffer for `count` elements of `width` bytes: neighbouring slices of one quad, taken in
-        turn. outer: near SXM and MXM, else near the VXM."""
+        turn. outer: near SXM and MXM, else near the VXM, or nearest to it."""
         per_side = self.chip.slices_per_hemisphere // QUAD
         half = max(1, per_side // 2)
         choice = range(half, per_side) if outer and per_side > 1 else range(half)
+        if nearest:
+            choice = range(min(half, _NEAREST_QUADS))
         if outer and width == 1 and self.quiet_quad is not None:
             choice = range(self.quiet_quad, per_side)
         sides = (0, 1) if hemisphere is None else (hemisphere,)
@@ -302,8 +313,6 @@ class Memory:
                 self._turn = turn + 1
                 break
         if best is None:
-            if outer or hemisphere is not None:
-                return self.scratch_anywhere(width, count, sides)
             return self.scratch_anywhere(width, count, sides)
         return self._take_scratch(best, count)
 

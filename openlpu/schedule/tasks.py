@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from openlpu.chip import EAST, WEST, Chip
 from openlpu.numerics.functions import NORM_LEVELS
-from openlpu.numerics.quant import TINY
 from openlpu.schedule.constants import BYTE, WORD, Constants
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Operand
-from openlpu.schedule.functions import MAGNITUDE, inverse_root, poisoned
+from openlpu.schedule.functions import MAGNITUDE, inverse_root, quantization_step
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.reduce import reduce_lanes
@@ -45,8 +44,15 @@ class Tasks:
         turn, half = self.next_turn(), self.chip.planes_per_hemisphere
         return (turn % 2) * half + (turn // 2) % half
 
-    def scratch(self, width: int = WORD, *, side: int | None = None, outer: bool = False) -> Buffer:
-        return self.memory.scratch(width, self.rows, hemisphere=side, outer=outer)
+    def scratch(
+        self,
+        width: int = WORD,
+        *,
+        side: int | None = None,
+        outer: bool = False,
+        nearest: bool = False,
+    ) -> Buffer:
+        return self.memory.scratch(width, self.rows, hemisphere=side, outer=outer, nearest=nearest)
 
     def both_sides(self, width: int = WORD) -> tuple[Buffer, Buffer]:
         """Buffers near the edge of both hemispheres."""
@@ -76,7 +82,7 @@ class Tasks:
 
     def over_lanes(self, west: Buffer, east: Buffer, op: str, *, last_read: bool = False) -> Buffer:
         """The maximum over all lanes, in every lane."""
-        out = self.scratch()
+        out = self.scratch(nearest=True)
         found = reduce_lanes(self.b, west, east, op, self.chip.lanes, self.rows, (out,))[0]
         for side in (west, east):
             if last_read:
@@ -102,9 +108,7 @@ class Tasks:
     ) -> tuple[Buffer, list[Accumulator]]:
         """amax as float32, and the six limb sums of numerics section 4: hi*hi, hi*lo, lo*lo."""
         e = Expression()
-        amax = poisoned(e, Leaf(bits_of_amax))
-        usable = e.op("fle", float(TINY), amax)
-        step = e.op("sel", usable, e.op("fdiv", float(NORM_LEVELS), amax), 0)
+        amax, step = quantization_step(e, Leaf(bits_of_amax), float(NORM_LEVELS))
         plane = self.next_plane()
         side = int(plane >= self.chip.planes_per_hemisphere)
         limbs: list[Buffer] = []

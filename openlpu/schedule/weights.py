@@ -138,13 +138,14 @@ class WeightStore:
             for (slices, words), pairs in by_place.items()
         ]
 
-    def side_of(self, place: int, outputs: Layout) -> int | None:
-        """The hemisphere that stores the first columns of an output vector already."""
+    def side_of(self, place: int, k: int, outputs: Layout) -> int | None:
+        """The hemisphere that stores the first columns of an output vector over input vector k
+        already."""
         width = self.memory.chip.install_streams
         for g in range(len(outputs) // width):
             part = tuple(int(f) for f in outputs[g * width : (g + 1) * width])
             for side in (0, 1):
-                if max(part) >= 0 and (place, 0, side, part) in self._known:
+                if max(part) >= 0 and (place, k, side, part) in self._known:
                     return side
         return None
 
