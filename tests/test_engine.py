@@ -24,7 +24,7 @@ from openlpu.engine.pages import PageTable
 from openlpu.engine.profile import bytes_per_row, stages, weight_bytes
 from openlpu.engine.runner import ReferenceRunner
 from openlpu.engine.sampling import Sampling
-from openlpu.engine.sequence import Answer, Sequence
+from openlpu.engine.sequence import Answer, Request, Sequence
 from openlpu.engine.text import AnswerText
 from openlpu.engine.verify import Differences, engine_for, random_tokens, rows_of
 from openlpu.errors import DoesNotFit, NumericOverflow, RequestError
@@ -149,12 +149,18 @@ def test_a_second_turn_computes_only_what_is_new(engine: Engine) -> None:
 
 def test_slots_are_reused_and_pages_return(engine: Engine) -> None:
     a, b = engine.open(), engine.open()
-    answered(engine, a, tokens_of(1, 100), Sampling(max_tokens=2))
+    sampling = Sampling(max_tokens=2)
+    answered(engine, a, tokens_of(1, 100), sampling)
+    answered(engine, b, tokens_of(2), sampling)
+    assert (a.slot, b.slot) == (0, 1)
     engine.close(a)
     assert a.pages == []
-    assert engine.open().slot == a.slot
+    c = engine.open()
+    answered(engine, c, tokens_of(3), sampling)
+    assert c.slot == 0
     engine.close(a)  # a second time, while the slot has another owner
-    assert engine.open().slot not in (a.slot, b.slot)
+    assert engine.ask(c, tokens_of(3), sampling).reused == 11
+    assert (b.slot, c.slot) == (1, 0)
 
 
 def test_an_answer_ends_at_the_context(compiled: Compiled, runner: ReferenceRunner) -> None:
@@ -175,7 +181,7 @@ def test_an_end_token_is_no_part_of_the_answer(engine: Engine) -> None:
     sequence = engine.open()
     plain = answered(engine, sequence, tokens_of(1), Sampling(max_tokens=6)).generated
     end_ids = frozenset({plain[3]})
-    answer = engine.ask(sequence, tokens_of(1), Sampling(max_tokens=6), end_ids=end_ids)
+    answer = engine.ask(sequence, tokens_of(1), Sampling(max_tokens=6), Request(end_ids=end_ids))
     while not answer.done:
         engine.step()
     assert answer.generated == plain[: plain.index(plain[3])]

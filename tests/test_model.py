@@ -99,19 +99,19 @@ def test_a_stop_string_ends_an_answer(model: openlpu.Model) -> None:
 
 
 def test_a_stream_left_early_gives_everything_back(model: openlpu.Model) -> None:
-    free = model.engine._pages.free
+    free = model.engine.pages.free
     stream = model.stream("Hi", max_tokens=50, ignore_eos=True)
     next(stream)
-    assert model.engine._pages.free == free - 1
+    assert model.engine.pages.free == free - 1
     stream.close()
-    assert model.engine._pages.free == free
+    assert model.engine.pages.free == free
     assert list(stream) == []
     assert stream.result().finish_reason == "cancelled"
     unread = model.stream("Hi")
     del unread
     assert not model.engine.busy
     model.engine.step()  # what the collector left is freed here
-    assert model.engine._sequences == {}
+    assert model.engine.sequences == 0
 
 
 def test_python_threads_share_a_model(model: openlpu.Model) -> None:
@@ -124,7 +124,7 @@ def test_python_threads_share_a_model(model: openlpu.Model) -> None:
     with ThreadPoolExecutor(3) as pool:
         together = list(pool.map(said, range(3)))
     assert [[result.tokens for result in results] for results in together] == alone
-    assert model.engine._sequences == {}
+    assert model.engine.sequences == 0
 
 
 def test_a_stopped_answer_has_no_tokens_of_its_neighbours_steps(model: openlpu.Model) -> None:
@@ -178,7 +178,7 @@ def test_requests_of_the_wrong_type_are_refused(model: openlpu.Model, folder: Pa
     for name in ("", " ", None):
         with pytest.raises(RequestError, match="name is empty"):
             openlpu.load(name)  # type: ignore[arg-type]
-    assert model.engine._sequences == {}
+    assert model.engine.sequences == 0
 
 
 def test_a_hostile_template_s_megabytes_are_not_tokenized(
@@ -233,7 +233,7 @@ def test_a_chat_keeps_its_memory(model: openlpu.Model) -> None:
     assert chat.cached_tokens == 0
     assert chat.send("One").result().tokens == said.tokens
     chat.close()
-    assert model.engine._sequences == {}
+    assert model.engine.sequences == 0
 
 
 def test_a_chat_goes_on_after_an_answer_was_cut(model: openlpu.Model) -> None:
@@ -266,7 +266,7 @@ def test_requests_that_cannot_be_met_are_refused(model: openlpu.Model, folder: P
         openlpu.load(str(folder), precision="w2")
     with pytest.raises(RequestError, match="context is 1000"):
         openlpu.load(str(folder), context=1000)
-    assert model.engine._sequences == {}
+    assert model.engine.sequences == 0
 
 
 def test_a_model_without_a_template_takes_text(tmp_path: Path) -> None:

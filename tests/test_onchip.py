@@ -114,10 +114,12 @@ def test_whoever_begins_anew_writes_over_what_was_there(
 
 def test_a_sequence_or_position_too_many_is_refused(program: Program) -> None:
     engine = engine_of(OnChip(program, CHIP, machine(program, CHIP)))
-    engine.open()
-    second = engine.open()
-    with pytest.raises(RequestError, match="more --sequences"):
+    first, second = engine.open(), engine.open()
+    engine.last_logits(first, [1])
+    with pytest.raises(RequestError, match="1 sequences are kept"):
         engine.last_logits(second, [1])
+    with pytest.raises(RequestError, match="more --sequences"):
+        engine.runner.step(batch([(1, 0, 5)]))
     longer = engine_of(engine.runner, CONTEXT + 1)
     with pytest.raises(RequestError, match="longer --context"):
         longer.runner.step(batch([(0, CONTEXT, 5)]))
@@ -164,8 +166,8 @@ def test_several_sequences_share_the_steps(compiled: Compiled) -> None:
     told = [answers(each, prompts) for each in (runner, compiled.reference())]
     assert told[0] == told[1]
     rows = [np.bincount(step.slots, minlength=2).tolist() for step in runner.steps]
-    assert rows[0] == [2, 0]  # the first prompt alone fills what the batcher gives
-    assert [1, 1] in rows
+    assert rows[0] == [2, 2]  # as many of each as a step takes
+    assert [2, 1] in rows  # a prompt, and one that decodes beside it
     assert np.sum(rows, axis=0).tolist() == [10 + 4, 2 + 4]
     same = scored(runner, prompts[0])  # four rows a batch: two steps each, and one of two rows
     assert same_bits(same, scored(compiled.reference(), prompts[0]))
@@ -189,6 +191,8 @@ class Wrong:
     def __init__(self, right: Runner) -> None:
         self._right = right
         self.max_rows, self.pages, self.grow = right.max_rows, right.pages, right.grow
+        self.rows_of_a_sequence, self.slots = right.rows_of_a_sequence, right.slots
+        self.shares_pages = right.shares_pages
 
     def step(self, given: Batch) -> F32:
         logits = self._right.step(given).copy()

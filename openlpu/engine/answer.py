@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -104,7 +103,7 @@ class Stream:
     def stats(self) -> Stats:
         """Counts and times so far."""
         answer = self._answer
-        now = answer.last_token_s or time.perf_counter()
+        now = answer.last_token_s or answer.clock()
         return Stats(
             prompt_tokens=answer.prompt_length,
             reused_tokens=answer.reused,

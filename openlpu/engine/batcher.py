@@ -1,11 +1,12 @@
 """In: sequences with tokens to compute, and a Runner. Out: their next tokens, a step at a time.
 
-Each step takes one token of every sequence that is decoding, then fills up with pieces of waiting
-prompts, oldest first. By the contract no row's bits depend on its neighbours, so this order is
-about speed only.
+Sequences join and leave at every step. What a step computes is planned first (see planner), then
+run as one frozen Batch. Full pages are shared by sequences that begin alike; when memory is short,
+the youngest of the least urgent sequences gives its pages up and computes them again later. By the
+contract none of this changes a bit.
 
 One lock makes every call whole, so that several Python threads may use sequences of one engine;
-each sequence belongs to one of them.
+each sequence belongs to one of them. `submit`, `forget` and Answer.cancel never wait for a step.
 """
 
 from __future__ import annotations
@@ -14,49 +15,78 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from openlpu.engine.clock import Clock, wall_clock
+from openlpu.engine.logprobs import token_logprob
 from openlpu.engine.pages import PageTable
+from openlpu.engine.planner import Limits, Share, plan
 from openlpu.engine.runner import Runner, page_rows
 from openlpu.engine.sampler import choose
 from openlpu.engine.sampling import Sampling
-from openlpu.engine.sequence import Answer, Sequence, token_ids
-from openlpu.errors import NumericOverflow, RequestError
-from openlpu.graph.step import Batch
+from openlpu.engine.sequence import Answer, Request, Sequence, token_ids
+from openlpu.errors import DoesNotFit, NumericOverflow, RequestError
+from openlpu.graph.step import PAGE, Batch
 
 F32 = NDArray[np.float32]
+
+_PROMPT_ROWS = 128  # of a step beside decoding: about 0.1 s for a small model on two cores
+_DRAFTED_ROWS = 8
 
 
 class Engine:
     """Runs any number of sequences together on one runner."""
 
-    def __init__(self, runner: Runner, *, context: int, vocab_size: int) -> None:
-        """context: most positions of one sequence. vocab_size: token ids are below it."""
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        context: int,
+        vocab_size: int,
+        clock: Clock = wall_clock,
+        most_pages: int | None = None,
+        share_prefixes: bool = True,
+        prompt_rows: int = _PROMPT_ROWS,
+    ) -> None:
+        """context: most positions of one sequence. vocab_size: token ids are below it. most_pages:
+        of the K/V pool. share_prefixes: whether K/V of equal beginnings are computed once.
+        prompt_rows: most rows of prompts in a step beside sequences that decode."""
         self.runner = runner
         self.context = context
+        self.clock = clock
         self._vocab_size = vocab_size
-        self._pages = PageTable(runner)
-        self._sequences: dict[int, Sequence] = {}
+        self._limits = Limits(
+            runner.max_rows, runner.rows_of_a_sequence, prompt_rows, _DRAFTED_ROWS
+        )
+        self.pages = PageTable(
+            runner, limit=most_pages, share=share_prefixes and runner.shares_pages
+        )
+        self._open: list[Sequence] = []  # oldest first
+        self._slots: dict[int, Sequence] = {}
+        self._submitted: deque[Sequence] = deque()
         self._forgotten: deque[Sequence] = deque()
         self._lock = threading.RLock()
+
+    # -- sequences ------------------------------------------------------------------------------
 
     def open(self) -> Sequence:
         """An empty sequence. Give it back with `close`."""
         with self._lock:
             self._reclaim()
-            slot = next(i for i in range(len(self._sequences) + 1) if i not in self._sequences)
-            sequence = self._sequences[slot] = Sequence(slot)
+            sequence = Sequence()
+            self._open.append(sequence)
             return sequence
 
     def close(self, sequence: Sequence) -> None:
         """Forget a sequence and free its pages; closing twice is harmless."""
         with self._lock:
-            if self._sequences.get(sequence.slot) is sequence:
+            if any(other is sequence for other in self._open):
                 self.rewind(sequence, 0)
-                del self._sequences[sequence.slot]
+                self._open = [other for other in self._open if other is not sequence]
 
     def forget(self, sequence: Sequence) -> None:
         """Close a sequence at the next `open` or `step`; safe wherever the collector runs."""
@@ -65,43 +95,75 @@ class Engine:
     def _reclaim(self) -> None:
         while self._forgotten:
             self.close(self._forgotten.popleft())
+        while self._submitted:
+            self._open.append(self._submitted.popleft())
+        for sequence in [s for s in self._open if s.submitted and not s.busy]:
+            self.close(sequence)
 
     def rewind(self, sequence: Sequence, length: int) -> None:
         """Cut a sequence to its first `length` tokens; what is cached of them stays."""
         with self._lock:
             del sequence.tokens[length:]
-            sequence.cached = min(sequence.cached, length)
-            self._pages.release(sequence.pages, keep=sequence.cached)
+            self._cut_cached(sequence, length)
             if sequence.answer is not None:
                 sequence.answer.cancel()  # whoever still reads it must not wait for ever
             sequence.answer = None
+
+    def _cut_cached(self, sequence: Sequence, length: int) -> None:
+        """Keep the K/V of the first `length` tokens; a page that others may hold is kept whole or
+        not at all, for it cannot be written any more."""
+        cached = min(sequence.cached, length)
+        if cached % PAGE and self.pages.is_shared(sequence.pages[cached // PAGE]):
+            cached -= cached % PAGE
+        sequence.cached = cached
+        self.pages.release(sequence.pages, keep=cached)
+        if not cached and self._slots.pop(sequence.slot, None) is not None:
+            sequence.slot = -1
+
+    # -- answers --------------------------------------------------------------------------------
 
     def ask(
         self,
         sequence: Sequence,
         tokens: Items[int],
         sampling: Sampling,
-        *,
-        end_ids: frozenset[int] = frozenset(),
+        request: Request | None = None,
     ) -> Answer:
         """Start an answer to `tokens`, the whole conversation; what is cached of it is reused.
 
         Raises RequestError if it does not leave room for one token.
         """
         ids = self._checked(tokens, before=1)  # room for one token of the answer
+        answer = self._answer(ids, sampling, request or Request())
         with self._lock:
             # The last token is computed again in any case: its logits are needed.
-            reused = min(sequence.shared_prefix(ids), len(ids) - 1)
-            self.rewind(sequence, reused)
+            self.rewind(sequence, min(sequence.shared_prefix(ids), len(ids) - 1))
+            answer.reused = sequence.cached
             sequence.tokens = ids
-            sequence.answer = Answer(
-                sampling=sampling,
-                prompt_length=len(ids),
-                limit=min(self.context, len(ids) + sampling.max_tokens),
-                end_ids=frozenset() if sampling.ignore_eos else end_ids,
-                reused=reused,
-            )
-            return sequence.answer
+            sequence.answer = answer
+            return answer
+
+    def submit(
+        self, tokens: Items[int], sampling: Sampling, request: Request | None = None
+    ) -> Answer:
+        """Start an answer on a sequence of its own, which is closed when the answer ends. Never
+        waits for a step. Raises RequestError like `ask`."""
+        ids = self._checked(tokens, before=1)
+        answer = self._answer(ids, sampling, request or Request())
+        self._submitted.append(Sequence(tokens=ids, answer=answer, submitted=True))
+        return answer
+
+    def _answer(self, ids: list[int], sampling: Sampling, request: Request) -> Answer:
+        if sampling.ignore_eos:
+            request = replace(request, end_ids=frozenset())
+        return Answer(
+            sampling=sampling,
+            prompt_length=len(ids),
+            limit=min(self.context, len(ids) + sampling.max_tokens),
+            request=request,
+            reused=0,
+            clock=self.clock,
+        )
 
     def stop(self, answer: Answer, length: int) -> None:
         """End an answer after `length` tokens; steps of other streams may have gone beyond."""
@@ -110,10 +172,20 @@ class Engine:
             del answer.generated[length:]
 
     @property
+    def sequences(self) -> int:
+        """How many are open."""
+        with self._lock:
+            self._reclaim()
+            return len(self._open)
+
+    @property
     def busy(self) -> bool:
         """Whether an answer is unfinished, so that `step` has something to do."""
         with self._lock:
-            return any(s.answer and not s.answer.done for s in self._sequences.values())
+            self._reclaim()
+            return any(s.busy for s in self._open)
+
+    # -- steps ----------------------------------------------------------------------------------
 
     def step(self) -> list[tuple[Sequence, int]]:
         """Compute one step over all sequences with unfinished answers; the tokens it sampled.
@@ -124,38 +196,173 @@ class Engine:
         """
         with self._lock:
             self._reclaim()
-            return self._step()
+            shares = self._reserved(self._planned())
+            if not shares:
+                return []
+            logits = self._run(shares, "last")
+            sampled: list[tuple[Sequence, int]] = []
+            row = 0
+            for share in shares:
+                if share.sequence.pending == 0:
+                    count = 1 + len(share.draft)
+                    tokens = self._sample(share, logits[row : row + count])
+                    sampled += [(share.sequence, token) for token in tokens]
+                    row += count
+            self._reclaim()
+            return sampled
 
-    def _step(self) -> list[tuple[Sequence, int]]:
-        waiting = [s for s in self._sequences.values() if s.answer and not s.answer.done]
-        waiting.sort(key=lambda s: s.pending > 1)  # decoding first; the sort keeps ages in order
-        plan, room = [], self.runner.max_rows
-        for sequence in waiting:
-            rows = min(sequence.pending, room)
-            if rows:
-                plan.append((sequence, rows))
-                room -= rows
-        if not plan:
-            return []
-        complete = [sequence for sequence, rows in plan if rows == sequence.pending]
-        logits = self.compute(plan, wanted="last")
-        sampled = []
-        for sequence, row in zip(complete, logits, strict=True):
-            answer = sequence.answer
-            if answer is None or answer.done:
-                continue  # cancelled meanwhile
+    def _planned(self) -> list[Share]:
+        """What the next step computes, if memory allows."""
+        running = []
+        for sequence in self._by_urgency():
+            if sequence.slot >= 0 or self._take_slot(sequence):
+                self._begin(sequence)
+                running.append(sequence)
+        return plan(running, self._limits)
+
+    def _by_urgency(self) -> list[Sequence]:
+        """Those with unfinished answers; the sort keeps equal ones in order of age."""
+        return sorted((s for s in self._open if s.busy), key=lambda s: -s.priority)
+
+    def _take_slot(self, sequence: Sequence) -> bool:
+        """Give the sequence a slot, if need be one that a finished answer still keeps."""
+        if len(self._slots) >= self.runner.slots:
+            idle = next((s for s in self._slots.values() if s.idle), None)
+            if idle is None:
+                return False
+            self._cut_cached(idle, 0)
+        taken = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
+        sequence.slot = taken
+        self._slots[taken] = sequence
+        return True
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Hold the pages that are known for the beginning of its tokens."""
+        answer = sequence.answer
+        assert answer is not None
+        if not sequence.pages:
+            sequence.pages = self.pages.find(sequence.tokens[:-1])
+            sequence.cached = PAGE * len(sequence.pages)
+            if answer.first_step_s is None:
+                answer.reused = sequence.cached
+        if answer.first_step_s is None:
+            answer.first_step_s = self.clock()
+
+    def _reserved(self, shares: list[Share]) -> list[Share]:
+        """The shares whose K/V have room, others giving up theirs if need be."""
+        kept: list[Share] = []
+        waiting = deque(shares)
+        while waiting:
+            share = waiting.popleft()
+            sequence = share.sequence
+            if sequence.slot < 0:
+                continue  # gave up its pages meanwhile
+            stop = sequence.cached + share.rows + len(share.draft)
+            try:
+                self.pages.extend(sequence.pages, stop)
+            except DoesNotFit as error:
+                if self._preempt(sequence):
+                    waiting.appendleft(share)
+                elif kept:
+                    continue  # the others go on; it waits for them
+                elif sequence.answer is not None:
+                    sequence.answer.error = error  # alone, and still too large
+                continue
+            kept.append(share)
+        return [share for share in kept if share.sequence.slot >= 0]
+
+    def _preempt(self, urgent: Sequence) -> bool:
+        """Take the pages of one sequence that goes after `urgent`: one whose answer is finished, or
+        the youngest of the least urgent ones."""
+        order = self._by_urgency()
+        after = order[order.index(urgent) + 1 :]
+        for victim in [*(s for s in self._open if s.idle), *reversed(after)]:
+            if victim.pages:
+                self._cut_cached(victim, 0)
+                if victim.busy and victim.answer is not None:
+                    victim.answer.preempted += 1
+                return True
+        return False
+
+    def _sample(self, share: Share, logits: F32) -> list[int]:
+        """Tokens chosen from logits [1 + drafted, V], while the draft turns out right."""
+        sequence, answer = share.sequence, share.sequence.answer
+        assert answer is not None
+        found: list[int] = []
+        for i, row in enumerate(logits):
+            if answer.done:
+                break  # cancelled meanwhile, or ended
+            constraint = answer.request.constraint
             try:
                 token = choose(
-                    row, answer.sampling, tokens=sequence.tokens, prompt_length=answer.prompt_length
+                    row,
+                    answer.sampling,
+                    tokens=sequence.tokens,
+                    prompt_length=answer.prompt_length,
+                    allowed=None if constraint is None else constraint.allowed(),
                 )
             except NumericOverflow as error:
                 answer.error = error
-                continue
+                break
+            if answer.request.logprobs is not None and token not in answer.request.end_ids:
+                answer.logprobs.append(token_logprob(row, token, answer.request.logprobs))
             answer.append(token)
-            if token not in answer.end_ids:
-                sequence.tokens.append(token)
-            sampled.append((sequence, token))
-        return sampled
+            found.append(token)
+            if token in answer.request.end_ids:
+                break
+            sequence.tokens.append(token)
+            if i < len(share.draft):
+                if token != share.draft[i]:
+                    break
+                self._cached(sequence, 1)  # its K/V were computed with the draft
+        if share.draft:
+            right = sum(a == b for a, b in zip(found, share.draft, strict=False))
+            answer.proposed += len(share.draft)
+            answer.accepted += right
+            sequence.lookup.learn(len(share.draft), right)
+        return found
+
+    def _cached(self, sequence: Sequence, rows: int) -> None:
+        """So many more tokens have their K/V."""
+        start = sequence.cached
+        sequence.cached += rows
+        if start // PAGE != sequence.cached // PAGE:
+            self.pages.offer(sequence.pages, sequence.tokens, start, sequence.cached)
+
+    def _run(self, shares: Items[Share], wanted: Literal["all", "last"]) -> F32:
+        """Logits [L, V] of one step over pages that are reserved."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        rows_wanted: list[int] = []
+        for share in shares:
+            sequence = share.sequence
+            start, stop = sequence.cached, sequence.cached + share.rows
+            rows = [*sequence.tokens[start:stop], *share.draft]
+            tokens += rows
+            positions += range(start, start + len(rows))
+            slots += [sequence.slot] * len(rows)
+            count = len(tokens)
+            if wanted == "all":
+                rows_wanted += range(count - len(rows), count)
+            elif stop == len(sequence.tokens):
+                rows_wanted += range(count - 1 - len(share.draft), count)
+        last = max(self._slots, default=-1) + 1
+        held = [self._slots[s].pages if s in self._slots else [] for s in range(last)]
+        logits = self.runner.step(
+            Batch(
+                tokens=np.array(tokens, np.int32),
+                positions=np.array(positions, np.int32),
+                slots=np.array(slots, np.int32),
+                wanted=np.array(rows_wanted, np.int32),
+                pages=page_rows(held),
+            )
+        )
+        for share in shares:
+            self._cached(share.sequence, share.rows)
+        return logits
+
+    # -- logits ---------------------------------------------------------------------------------
 
     def score(
         self, sequence: Sequence, tokens: Items[int], *, piece: int | None = None
@@ -180,43 +387,17 @@ class Engine:
                 row: F32 = logits[0]
                 return row
 
-    def compute(self, plan: Items[tuple[Sequence, int]], *, wanted: Literal["all", "last"]) -> F32:
+    def compute(self, parts: Items[tuple[Sequence, int]], *, wanted: Literal["all", "last"]) -> F32:
         """One step over the next `rows` pending tokens of each (sequence, rows): logits [L, V] of
         "all" rows, or of the "last" row of each sequence that the step completes."""
         with self._lock:
-            return self._compute(plan, wanted)
-
-    def _compute(self, plan: Items[tuple[Sequence, int]], wanted: Literal["all", "last"]) -> F32:
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        rows_wanted: list[int] = []
-        for sequence, rows in plan:
-            start, stop = sequence.cached, sequence.cached + rows
-            self._pages.extend(sequence.pages, stop)
-            tokens += sequence.tokens[start:stop]
-            positions += range(start, stop)
-            slots += [sequence.slot] * rows
-            if wanted == "all":
-                rows_wanted += range(len(tokens) - rows, len(tokens))
-            elif stop == len(sequence.tokens):
-                rows_wanted.append(len(tokens) - 1)
-        held = [self._sequences[s].pages if s in self._sequences else [] for s in self._slots()]
-        logits = self.runner.step(
-            Batch(
-                tokens=np.array(tokens, np.int32),
-                positions=np.array(positions, np.int32),
-                slots=np.array(slots, np.int32),
-                wanted=np.array(rows_wanted, np.int32),
-                pages=page_rows(held),
-            )
-        )
-        for sequence, rows in plan:
-            sequence.cached += rows
-        return logits
-
-    def _slots(self) -> range:
-        return range(max(self._sequences, default=-1) + 1)
+            for sequence, rows in parts:
+                if sequence.slot < 0 and not self._take_slot(sequence):
+                    raise RequestError(
+                        f"{self.runner.slots} sequences are kept, and no more fit; close one"
+                    )
+                self.pages.extend(sequence.pages, sequence.cached + rows)
+            return self._run([Share(sequence, rows) for sequence, rows in parts], wanted)
 
     def _checked(self, tokens: Items[int], *, before: int) -> list[int]:
         ids = token_ids(tokens, vocab_size=self._vocab_size)

@@ -28,7 +28,7 @@ from openlpu.engine.compiled import (
 from openlpu.engine.evaluate import DEFAULT_WINDOW, Perplexity, perplexity
 from openlpu.engine.runner import Runner
 from openlpu.engine.sampling import Sampling, sampling_from
-from openlpu.engine.sequence import Sequence, token_ids
+from openlpu.engine.sequence import Request, Sequence, token_ids
 from openlpu.errors import NumericOverflow, RequestError
 from openlpu.jit import select
 from openlpu.load.checkpoint import Checkpoint, open_checkpoint
@@ -95,7 +95,7 @@ class Model:
         sequence = keep or self.engine.open()
         try:
             state = self.engine.ask(
-                sequence, tokens, sampling, end_ids=frozenset(self.tokenizer.eos_ids)
+                sequence, tokens, sampling, Request(end_ids=frozenset(self.tokenizer.eos_ids))
             )
         except BaseException:
             if keep is None:

@@ -140,6 +140,9 @@ class OnChip:
         self.facts = facts(program)
         _demand_ports(program, self.facts)
         self.max_rows = self.facts.rows
+        self.rows_of_a_sequence = self.facts.rows_of_a_sequence
+        self.slots = self.facts.sequences
+        self.shares_pages = False
         self.pages = pages_for(self.facts.context) * self.facts.sequences
         self.steps: list[ChipStep] = []
         self._clocked = _Clocked(on)
@@ -211,6 +214,9 @@ class Checked:
         self._first, self._second = first, second
         self._found = Differences()
         self.max_rows = min(first.max_rows, second.max_rows)
+        self.rows_of_a_sequence = min(first.rows_of_a_sequence, second.rows_of_a_sequence)
+        self.slots = min(first.slots, second.slots)
+        self.shares_pages = first.shares_pages and second.shares_pages
         self.pages = 0
         self.grow(max(first.pages, second.pages))
         self.second_s = 0.0

@@ -1,14 +1,22 @@
-"""In: how many positions a sequence needs. Out: pages of the K/V pool, each lent to one sequence.
+"""In: how many positions a sequence needs, and its tokens. Out: pages of the K/V pool.
 
-The pool belongs to a runner and grows by doubling, so a short chat never pays for a long context.
+A page holds the K/V of 64 positions. By the contract they depend on the tokens up to them alone, so
+a full page serves every sequence that begins with the same tokens: it is shared while somebody
+holds it, and kept, as long as there is room, when nobody does. The pool belongs to a runner and
+grows by doubling, so a short chat never pays for a long context.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence as Items
 from typing import Protocol
 
 from openlpu.errors import DoesNotFit
 from openlpu.graph.step import PAGE
+
+_ROOT = 0
+_Prefix = tuple[int, tuple[int, ...]]  # the prefix before a page, by number; the page's tokens
 
 
 class Pool(Protocol):
@@ -26,17 +34,39 @@ def pages_for(positions: int) -> int:
 
 
 class PageTable:
-    """The free list. The lowest free page is lent first, so that equal runs use equal memory."""
+    """Who holds which page. The lowest free page is lent first, so that equal runs use equal
+    memory; then the kept page that nobody wanted for longest."""
 
-    def __init__(self, pool: Pool, *, limit: int | None = None) -> None:
+    def __init__(self, pool: Pool, *, limit: int | None = None, share: bool = True) -> None:
+        """limit: most pages of the pool. share: whether full pages may serve several sequences."""
         self._pool = pool
-        self._limit = limit
-        self._free = list(range(pool.pages - 1, -1, -1))
+        self.limit = limit
+        self._share = share
+        have = pool.pages if limit is None else min(limit, pool.pages)
+        self._free = list(range(have - 1, -1, -1))
+        self._holders: dict[int, int] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()  # full, held by nobody; oldest first
+        self._pages: dict[_Prefix, int] = {}
+        self._prefixes: dict[int, _Prefix] = {}  # page -> its entry in _pages
+        self._numbers: dict[int, int] = {}  # page -> number of the prefix that ends with it
+        self._next_number = _ROOT + 1
 
     @property
     def free(self) -> int:
-        """Pages that exist and are lent to nobody."""
-        return len(self._free)
+        """Pages that exist and are held by nobody, kept ones among them."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def held(self) -> int:
+        """Pages that sequences hold."""
+        return len(self._holders)
+
+    @property
+    def kept(self) -> int:
+        """Full pages that nobody holds, but whose tokens may come again."""
+        return len(self._kept)
+
+    # -- memory ---------------------------------------------------------------------------------
 
     def extend(self, held: list[int], positions: int) -> None:
         """Add pages to `held` until it covers `positions`; all of them or none.
@@ -44,29 +74,92 @@ class PageTable:
         Raises DoesNotFit if the pool would pass its limit.
         """
         missing = pages_for(positions) - len(held)
-        if missing > len(self._free):
-            self._grow(missing - len(self._free))
-        held += [self._free.pop() for _ in range(missing)]
+        while missing > len(self._free) + len(self._kept):
+            self._grow(missing - len(self._free) - len(self._kept))
+        for _ in range(missing):
+            page = self._free.pop() if self._free else self._evicted()
+            self._holders[page] = 1
+            held.append(page)
 
     def release(self, held: list[int], *, keep: int = 0) -> None:
         """Take back the pages of `held` beyond those that cover `keep` positions."""
-        kept = pages_for(keep)
-        self._free += held[kept:]
+        first = pages_for(keep)
+        for page in reversed(held[first:]):  # the longest prefix is the first to be evicted
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            del self._holders[page]
+            if page in self._prefixes:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
         self._free.sort(reverse=True)
-        del held[kept:]
+        del held[first:]
+
+    def _evicted(self) -> int:
+        page, _ = self._kept.popitem(last=False)
+        del self._pages[self._prefixes.pop(page)]
+        del self._numbers[page]
+        return page
 
     def _grow(self, missing: int) -> None:
-        before = self._pool.pages
+        before = len(self._free) + len(self._kept) + len(self._holders)
         least = before + missing
-        if self._limit is not None and least > self._limit:
+        if self.limit is not None and least > self.limit:
             raise DoesNotFit(
                 "the K/V pool",
                 least,
-                self._limit,
+                self.limit,
                 "pages",
                 ("a shorter context", "fewer sequences"),
             )
         wanted = max(least, 2 * before)
-        self._pool.grow(wanted if self._limit is None else min(wanted, self._limit))
-        self._free += range(before, self._pool.pages)
+        wanted = wanted if self.limit is None else min(wanted, self.limit)
+        self._pool.grow(wanted)
+        self._free += range(before, wanted)
+        self._free.sort(reverse=True)
+
+    # -- prefixes -------------------------------------------------------------------------------
+
+    def find(self, tokens: Items[int]) -> list[int]:
+        """Hold and return the pages that are known for the beginning of `tokens`, in order."""
+        found: list[int] = []
+        number = _ROOT
+        for start in range(0, len(tokens) - PAGE + 1, PAGE):
+            page = self._pages.get((number, tuple(tokens[start : start + PAGE])))
+            if page is None:
+                break
+            self._holders[page] = self._holders.get(page, 0) + 1
+            self._kept.pop(page, None)
+            number = self._numbers[page]
+            found.append(page)
+        return found
+
+    def offer(self, held: Items[int], tokens: Items[int], start: int, stop: int) -> None:
+        """The K/V of tokens[start:stop] have been computed in `held`: full pages may be shared."""
+        if not self._share:
+            return
+        for place in range(start // PAGE, stop // PAGE):
+            page = held[place]
+            if page in self._prefixes:
+                continue
+            number = self._numbers.get(held[place - 1]) if place else _ROOT
+            if number is None:  # the page before serves this sequence alone
+                return
+            prefix = number, tuple(tokens[place * PAGE : (place + 1) * PAGE])
+            if prefix in self._pages:  # another page of the same content came first
+                return
+            self._pages[prefix] = page
+            self._prefixes[page] = prefix
+            self._numbers[page] = self._next_number
+            self._next_number += 1
+
+    def is_shared(self, page: int) -> bool:
+        """Whether others may hold the page, now or later: it must not be written any more."""
+        return page in self._prefixes
+
+    def forget_kept(self) -> None:
+        """Free what nobody holds."""
+        while self._kept:
+            self._free.append(self._evicted())
         self._free.sort(reverse=True)

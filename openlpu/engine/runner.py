@@ -19,6 +19,8 @@ from openlpu.reference import Reference
 
 F32 = NDArray[np.float32]
 
+MANY = 1 << 16  # sequences, where nothing else limits them
+
 
 class Runner(Protocol):
     """Computes steps and owns the K/V of every slot. A HostModel is one."""
@@ -26,6 +28,22 @@ class Runner(Protocol):
     @property
     def max_rows(self) -> int:
         """Most rows of one step."""
+        ...
+
+    @property
+    def rows_of_a_sequence(self) -> int:
+        """Most of them that may belong to one sequence."""
+        ...
+
+    @property
+    def slots(self) -> int:
+        """Most sequences that it keeps at once."""
+        ...
+
+    @property
+    def shares_pages(self) -> bool:
+        """Whether K/V lie in the pages that a Batch names, so that sequences may share them; else
+        each slot has its own."""
         ...
 
     @property
@@ -49,7 +67,9 @@ class Runner(Protocol):
 class ReferenceRunner:
     """The slow exact reference as a Runner. It keeps K/V by slot, so pages are only counted."""
 
-    max_rows = 512
+    max_rows = rows_of_a_sequence = 512
+    slots = MANY
+    shares_pages = False
 
     def __init__(self, graph: Graph, source: TensorSource) -> None:
         self._reference: Reference | None = Reference(graph, source)

@@ -52,12 +52,24 @@ def random_bits(seed: int, position: int) -> int:
     return high << 32 | low
 
 
-def choose(logits: F32, sampling: Sampling, *, tokens: Sequence[int], prompt_length: int) -> int:
+def choose(
+    logits: F32,
+    sampling: Sampling,
+    *,
+    tokens: Sequence[int],
+    prompt_length: int,
+    allowed: NDArray[np.bool_] | None = None,
+) -> int:
     """The token that follows `tokens`, of which the first `prompt_length` are the prompt.
 
-    logits [V] are not changed. The token's position is len(tokens); sampling.seed must be set
-    unless greedy. Raises NumericOverflow if a logit is infinite or NaN.
+    logits [V] are not changed. allowed [V]: the tokens to choose among; None: all. The token's
+    position is len(tokens); sampling.seed must be set unless greedy. Raises NumericOverflow if a
+    logit is infinite or NaN.
     """
+    if sampling.logit_bias:
+        logits = logits.copy()
+        for token, bias in sampling.logit_bias:
+            logits[token] += np.float32(bias)
     if sampling.penalized:
         logits = penalize(logits, sampling, tokens=tokens, prompt_length=prompt_length)
     best = int(np.argmax(logits))
@@ -67,6 +79,9 @@ def choose(logits: F32, sampling: Sampling, *, tokens: Sequence[int], prompt_len
             f"the logits at position {len(tokens) - 1} are not finite; "
             "the checkpoint is damaged or needs another precision"
         )
+    if allowed is not None:
+        logits = np.where(allowed, logits, -np.inf)
+        best = int(np.argmax(logits))
     if sampling.greedy:
         return best
     assert sampling.seed is not None

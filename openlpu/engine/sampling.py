@@ -20,7 +20,7 @@ GREEDY_BELOW = 2.0**-20  # a lower temperature could not be told from greedy in 
 class Sampling:
     """How tokens are chosen. The defaults are greedy: the likeliest token, the lowest id on a tie.
 
-    Logits are changed in this order: repetition penalty, frequency and presence penalty,
+    Logits are changed in this order: bias, repetition penalty, frequency and presence penalty,
     temperature; then top_k, top_p (of what top_k left) and min_p choose among the tokens.
     """
 
@@ -38,6 +38,8 @@ class Sampling:
     """Subtracted from the logits of tokens that the answer holds, -100 to 100."""
     frequency_penalty: float = 0.0
     """Subtracted once for each time that the answer holds the token, -100 to 100."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these tokens before all else, -100 to 100."""
     seed: int | None = None
     """0 to 2**64 - 1; the same seed gives the same answer, in any batch, on any machine. None draws
     one, which the statistics of the answer report."""
@@ -62,6 +64,11 @@ class Sampling:
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        if not isinstance(self.logit_bias, tuple):
+            object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        for token, bias in self.logit_bias:
+            _check_integer("a token of logit_bias", token, 0, 2**31 - 1)
+            _check_number("logit_bias", bias, -100.0, 100.0)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, 2**64 - 1)
         _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
@@ -103,6 +110,12 @@ def _texts(value: object) -> tuple[str, ...]:
     if not isinstance(value, Iterable):
         raise RequestError(f"stop is {value!r}; give a string, or several")
     return tuple(value)
+
+
+def _pairs(value: object) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, Mapping):
+        raise RequestError(f"logit_bias is {value!r}; give a table of token ids and biases")
+    return tuple(sorted(value.items()))
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
