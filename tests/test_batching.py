@@ -1,4 +1,4 @@
-"""In: many requests at once, little memory, equal beginnings. Out: answers are what they are alone."""
+"""In: many requests at once, little memory, equal beginnings. Out: answers as each is alone."""
 
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ FORBIDDEN = re.compile(r"^(utils?|common|helpers?)$|^new_|_old$")
 SHORT = {
     "__main__.py": "only makes `python -m openlpu` work",
     "graph/step.py": "what the reference, the host and the engine agree on; none of them owns it",
+    "engine/clock.py": "who drives an engine needs it without the engine",
+    "engine/speculation.py": "an idea of its own, which nothing but the batcher uses",
     "load/source.py": "what readers and the tokenizer agree on; in either it would make a ring",
 }
 

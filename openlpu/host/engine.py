@@ -64,9 +64,9 @@ def _aligned(size_bytes: int) -> NDArray[np.uint8]:
 class HostModel:
     """A model compiled for this processor. One step at a time: callers in several threads wait.
 
-    max_rows: rows of one step, all of one sequence or of many (at most `slots`). pages: K/V pages of PAGE positions in the pool. packed_bytes and
-    kv_bytes: sizes of the weights and of the pool. identity: sha256 over contract, graph
-    and tensors. threads and kernels: what runs it.
+    max_rows: rows of one step, of one sequence or of many. pages: K/V pages of PAGE positions in
+    the pool. packed_bytes and kv_bytes: sizes of the weights and of the pool. identity: sha256 over
+    contract, graph and tensors. threads and kernels: what runs it.
     """
 
     max_rows = rows_of_a_sequence = MAX_ROWS
