@@ -314,8 +314,12 @@ class Bench:
     ) -> Buffer:
         """A buffer with the low bytes of int32 [count, lanes]."""
         buffer = self.room(width, len(values), side=side, outer=outer)
-        self._held.append((buffer, values))
+        self.hold_at(buffer, values)
         return buffer
+
+    def hold_at(self, buffer: Buffer, values: I32) -> None:
+        """The same, in a buffer that has room for them."""
+        self._held.append((buffer, values))
 
     def run(self, *buffers: Buffer) -> list[I32]:
         """Finish the section, check and run it; what then lies in the buffers, sign-extended."""

@@ -26,6 +26,7 @@ from openlpu.schedule.expression import (
     side_of,
 )
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
+from openlpu.schedule.maxima import can_group, group_sizes, reduce_group
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.mlp import build_mlp
 from openlpu.schedule.reduce import reduce_lanes
@@ -274,6 +275,45 @@ def test_maxima_over_lanes(name: str, segments: tuple[int, ...], op: str) -> Non
                 assert np.array_equal(found, wanted), (segment, count)
 
 
+@pytest.mark.parametrize(
+    ("name", "segments"),
+    [("tiny", (16, 32)), ("superlanes 6", (16, 48, 96)), ("slices 48", (32,)), ("slow", (32,))],
+)
+@pytest.mark.parametrize("op", ["max", "fmax"])
+def test_maxima_of_a_group(name: str, segments: tuple[int, ...], op: str) -> None:
+    """Groups of all kinds of sizes; what stands in the lanes of absent vectors disturbs nobody."""
+    chip, numbers = CHIPS[name], np.random.default_rng(4)
+    for segment in segments:
+        for count, n in ((1, 4), (1, 11), (1, 16), (5, 6), (23, 16)):
+            bench = Bench(chip)
+            values = [random_words(numbers, count, chip.lanes) for _ in range(n)]
+            places = bench.memory.scratch_apart(n, count, n % 2)
+            for words, place in zip(values, places, strict=True):
+                if op == "fmax":
+                    words[words == -(1 << 31)] = 0
+                    words[:, : chip.lanes // 2] &= np.int32(0x7F7FFFFF)
+                bench.hold_at(place, words)
+            found = reduce_group(bench.builder, places, op, segment, count)
+            for words, got in zip(values, bench.run(*found), strict=True):
+                parts = words.reshape(count, -1, segment)
+                if op == "max":
+                    top = parts.max(axis=2)
+                else:
+                    top = parts.view(np.float32).max(axis=2)
+                    top = np.where(np.isnan(top), np.float32(np.nan), top).view(np.int32)
+                assert np.array_equal(got, np.repeat(top, segment, axis=1)), (segment, count, n)
+
+
+def test_sizes_of_groups() -> None:
+    assert group_sizes(36, TINY) == [12, 12, 12]
+    assert group_sizes(17, TINY) == [9, 8]
+    assert group_sizes(16, TINY) == [16]
+    assert group_sizes(3, TINY) == [1, 1, 1], "too few for four quads"
+    few_slices = replace(TINY, slices_per_hemisphere=12)
+    assert not can_group(few_slices)
+    assert group_sizes(16, few_slices) == [1] * 16
+
+
 # -- products
 
 
@@ -308,7 +348,7 @@ def test_tiles_hold_the_weights(name: str) -> None:
         outputs[lanes - width * (turn // 2 % 2) :] = -1
         turned = outputs.reshape(-1, width)[::-1].reshape(-1)
         plane = int(rng.integers(chip.planes))
-        made = [(outputs, [store.by_rows(0, inputs, outputs, plane, layered=False)])]
+        made = [(outputs, store.by_rows(0, inputs, outputs, plane, layered=False))]
         made += [
             (layout, store.by_columns(0, 0, inputs, layout, plane, layered=False))
             for layout in (outputs, turned, np.roll(outputs, 1))

@@ -18,7 +18,6 @@ from openlpu.schedule import layout as layouts
 from openlpu.schedule.constants import BYTE, WORD
 from openlpu.schedule.context import (
     FIRST_BASE,
-    KEY_BASE,
     MINUS_INF,
     ROW_BASE,
     SCALE_BASE,
@@ -196,8 +195,8 @@ class Attention:
 
     def _tile(self, low: Lowering, v: int, u: int, *, values: bool) -> Tile:
         kept = self.cache.values if values else self.cache.keys
-        groups = ((0, 0, self.g.lanes // low.chip.install_streams),)
-        return Tile(self.cache.slices[u], kept[v, u], groups, values, KEY_BASE)
+        groups = ((0, 0, self.g.tile_words(u)),)
+        return Tile(self.cache.slices[u], kept[v, u], groups, values, self.g.key_base(u))
 
     def _rows(self, buffer: Buffer) -> Buffer:
         """Rows of this sequence of a lasting buffer."""
@@ -208,21 +207,35 @@ class Attention:
         pairs = [(j, h) for j in range(g.share) for h in range(g.heads_of(v))]
         low.b.tag(f"{op.out} scores")
         scores = self._products_of_keys(low, v, pairs)
-        tops = {}
+        tops: dict[tuple[int, int, int], Buffer] = {}
         weights = {}
-        largest = {}
-        for j in range(g.share):  # a wave at a time: its latencies hide behind the next one's work
-            wave = [(j, h, c) for h in range(g.heads_of(v)) for c in range(g.chunks_per_group)]
+        largest: dict[tuple[int, int, int], Buffer] = {}
+        # Waves, so that the latencies of one hide behind the work of another. While the first ones'
+        # maxima are found, and the last one's, the VXM waits: there each vector goes alone.
+        waves = [
+            [(j, h, c) for h in range(g.heads_of(v)) for c in range(g.chunks_per_group)]
+            for j in range(g.share)
+        ]
+        words: dict[tuple[int, int, int], list[Buffer]] = {}
+        for wave in waves:
             low.b.tag(f"{op.out} scores")
-            scaled = {key: self._scaled(low, op, v, *key, scores) for key in wave}
+            places = low.places_for_maxima(len(wave), alone=wave is not waves[-1])
+            scaled = [
+                self._scaled(low, op, v, *key, scores, place)
+                for key, place in zip(wave, places, strict=True)
+            ]
+            words.update(zip(wave, (w for w, _ in scaled), strict=True))
             low.b.tag(f"{op.out} softmax")
-            for key in wave:
-                words, west, east = scaled[key]
-                tops[key] = low.over_lanes(west, east, "fmax", last_read=True)
-                weights[key] = self._weights(low, v, key[1], key[2], words, tops[key])
+            found = low.maxima([place for _, place in scaled], "fmax")
+            tops.update(zip(wave, found, strict=True))
+        for wave in waves:
+            low.b.tag(f"{op.out} softmax")
+            places = low.places_for_maxima(len(wave), alone=wave is waves[-1])
+            for key, place in zip(wave, places, strict=True):
+                weights[key] = self._weights(low, v, key[1], key[2], words[key], tops[key], place)
             low.b.tag(f"{op.out} values")
-            for key in wave:
-                largest[key] = low.over_lanes(*weights[key][2], "max", last_read=True)
+            found = low.maxima([weights[key][2] for key in wave], "max")
+            largest.update(zip(wave, found, strict=True))
         low.b.tag(f"{op.out} sum of weights")
         totals = self._totals(low, {key: entry[1] for key, entry in weights.items()})
         low.b.tag(f"{op.out} values")
@@ -261,8 +274,9 @@ class Attention:
         h: int,
         c: int,
         scores: dict[tuple[int, int, int], Accumulator],
-    ) -> tuple[list[Buffer], Buffer, Buffer]:
-        """Visible scores as words per tile (-inf where hidden), their maximum on both sides."""
+        place_of_top: tuple[Buffer, ...],
+    ) -> tuple[list[Buffer], tuple[Buffer, ...]]:
+        """Visible scores as words per tile (-inf where hidden), and their maximum."""
         e = Expression()
         position = Leaf(self._rows(self.ports.position()))
         first = self.ports.first_visible()
@@ -284,14 +298,20 @@ class Attention:
             e.write(t, outs[-1])
             top = t if top is None else e.op("fmax", top, t)
         assert top is not None
-        pair = low.both_sides()
-        e.write(top, *pair)
-        *outs, west, east = low.evaluate(e, *outs, *pair)
-        return outs, west, east
+        e.write(top, *place_of_top)
+        done = low.evaluate(e, *outs, *place_of_top)
+        return done[: len(outs)], tuple(done[len(outs) :])
 
     def _weights(
-        self, low: Lowering, v: int, h: int, c: int, words: list[Buffer], top: Buffer
-    ) -> tuple[list[Buffer], list[list[Buffer]], tuple[Buffer, Buffer]]:
+        self,
+        low: Lowering,
+        v: int,
+        h: int,
+        c: int,
+        words: list[Buffer],
+        top: Buffer,
+        place_of_largest: tuple[Buffer, ...],
+    ) -> tuple[list[Buffer], list[list[Buffer]], tuple[Buffer, ...]]:
         """Per tile: weights times value scales; limbs of the denominator; the largest weight."""
         e = Expression()
         largest: Operand | None = None
@@ -316,14 +336,13 @@ class Attention:
             e.write(w, outs[-1])
             largest = w if largest is None else e.op("max", largest, w)
         assert largest is not None
-        pair = low.both_sides()
-        e.write(largest, *pair)
-        done = low.evaluate(e, *outs, *limbs, *pair)
+        e.write(largest, *place_of_largest)
+        done = low.evaluate(e, *outs, *limbs, *place_of_largest)
         n = len(outs)
         for word in words:
             low.memory.give_back(word, _over(done, low.rows))
         tiles = [done[n + 3 * i : n + 3 * i + 3] for i in range(n)]
-        return done[:n], tiles, (done[-2], done[-1])
+        return done[:n], tiles, tuple(done[4 * n :])
 
     def _totals(
         self, low: Lowering, limbs: dict[tuple[int, int, int], list[list[Buffer]]]
@@ -357,7 +376,7 @@ class Attention:
         v: int,
         weights: dict[
             tuple[int, int, int],
-            tuple[list[Buffer], list[list[Buffer]], tuple[Buffer, Buffer]],
+            tuple[list[Buffer], list[list[Buffer]], tuple[Buffer, ...]],
         ],
         largest: dict[tuple[int, int, int], Buffer],
     ) -> dict[tuple[int, int, int], list[Accumulator]]:

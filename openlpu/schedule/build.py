@@ -3,12 +3,13 @@
 Sections: embed; before, attend and after of a layer, compiled once and run for every layer with
 other bases; head. The plan of a step:
 
-    embed, layers x (before, sequences x (groups of chunks x attend), after), head
+    embed, layers x (before, sequences x blocks of rows x groups of chunks x attend, after), head
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,6 @@ from openlpu.schedule.attention import Attention
 from openlpu.schedule.constants import Constants
 from openlpu.schedule.context import (
     FIRST_BASE,
-    KEY_BASE,
     PLACE_BASE,
     ROW_BASE,
     SCALE_BASE,
@@ -35,6 +35,7 @@ from openlpu.schedule.context import (
     geometry,
     place_cache,
     place_state,
+    rows_at_once,
 )
 from openlpu.schedule.demand import refuse_too_large
 from openlpu.schedule.embed import EmbeddingTable, embed, place_table
@@ -51,7 +52,6 @@ from openlpu.schedule.weights import WeightStore
 
 Progress = Callable[[str, int, int], None]
 _SCRATCH_WORDS = (64, 128, 192, 256, 320, 384, 448, 512, 768, 1024)
-_SCRATCH_WORDS_PER_ROW = 5  # fewer are never enough for a model worth the name
 MAX_ROWS = 256
 
 
@@ -82,21 +82,27 @@ def build_program(
     _check_sizes(sizes, effort)
     model = parts(plain(graph))
     refuse_too_large(model, chip, region_of_table(chip, sizes.table_region))
-    refused: DoesNotFit | None = None
-    least = min(_SCRATCH_WORDS_PER_ROW * sizes.rows, _SCRATCH_WORDS[-1])
-    for scratch_words in (words for words in _SCRATCH_WORDS if words >= least):
+    tried: dict[int, DoesNotFit] = {}
+    at = bisect_left(_SCRATCH_WORDS, _usual_scratch_words(sizes))
+    while at not in tried and 0 <= at < len(_SCRATCH_WORDS):
         try:
             builds = [
-                _Build(graph, model, source, chip, sizes, scratch_words, progress)
+                _Build(graph, model, source, chip, sizes, _SCRATCH_WORDS[at], progress)
                 for _ in range(effort)
             ]
             return builds[0].program(builds[1:])
         except DoesNotFit as error:
-            if not error.resource.startswith("scratch"):
-                raise refused or error from None
-            refused = error
-    assert refused is not None
-    raise refused
+            tried[at] = error
+            at += 1 if error.resource.startswith("scratch") else -1
+    # Where less scratch is too little for a section, what it leaves no room for is the answer.
+    raise min(tried.values(), key=lambda error: error.resource.startswith("scratch"))
+
+
+def _usual_scratch_words(sizes: Sizes) -> int:
+    """Scratch in each bank to begin with: rows that attend together take the most, and logits take
+    it of all rows."""
+    rows = sizes.rows // sizes.sequences
+    return min(_SCRATCH_WORDS[-1], 12 * rows_at_once(rows) + 2 * sizes.rows)
 
 
 def _check_sizes(sizes: Sizes, effort: int) -> None:
@@ -196,7 +202,7 @@ class _Build:
         made: dict[str, Section] = {}
         for i, (name, stage) in enumerate(stages.items()):
             self._tell("schedule", turn * len(stages) + i, turns * len(stages))
-            self.memory.clear_scratch(turn)
+            self.memory.clear_scratch(turn, whole=name in ("embed", "head"))
             made[name] = stage()
         return table, cache, made
 
@@ -238,7 +244,7 @@ class _Build:
         return low.b.finish()
 
     def _attend(self, attention: Attention) -> Section:
-        low = self._lowering("attend", {}, self.geometry.rows, layered=True)
+        low = self._lowering("attend", {}, rows_at_once(self.geometry.rows), layered=True)
         attention.attend(low, self.model.layers[0].attention)
         return low.b.finish()
 
@@ -266,26 +272,32 @@ class _Build:
 
     def _plan(self, sections: list[Section]) -> tuple[Run | Loop, ...]:
         g, rows = self.geometry, self.sizes.rows
-        tile_words = g.lanes // self.chip.install_streams
         per_layer = g.sequences * g.groups
         layer_rows = (("layer", rows),)
+        block = rows_at_once(g.rows)
+        blocks = g.rows // block
+        by_row = (("sequence", g.rows), *((("block", block),) if blocks > 1 else ()))
         strides: dict[int, tuple[tuple[str, int], ...]] = {
-            KEY_BASE: (
-                ("layer", per_layer * tile_words),
-                ("sequence", g.groups * tile_words),
-                ("group", tile_words),
-            ),
+            **{
+                g.key_base(u): (
+                    ("layer", per_layer * g.tile_words(u)),
+                    ("sequence", g.groups * g.tile_words(u)),
+                    ("group", g.tile_words(u)),
+                )
+                for u in range(g.units)
+            },
             SCALE_BASE: (("layer", per_layer), ("sequence", g.groups), ("group", 1)),
             PLACE_BASE: (("group", 1),),
-            ROW_BASE: (("sequence", g.rows),),
+            ROW_BASE: by_row,
             FIRST_BASE: layer_rows,
         }
-        in_loop = {**strides, FIRST_BASE: (*layer_rows, ("sequence", g.rows))}
+        in_loop = {**strides, FIRST_BASE: (*layer_rows, *by_row)}
         embed_run = Run(0)
         before, after = (Run(i, self._bases(sections[i], strides)) for i in (1, 3))
         attend = Run(2, self._bases(sections[2], in_loop))
         groups = Loop("group", "groups", (attend,), by="sequence")
-        layer = (before, Loop("sequence", self.sizes.sequences, (groups,)), after)
+        rows_of = Loop("block", blocks, (groups,)) if blocks > 1 else groups
+        layer = (before, Loop("sequence", self.sizes.sequences, (rows_of,)), after)
         return (embed_run, Loop("layer", len(self.model.layers), layer), Run(4))
 
     # -- contents -------------------------------------------------------------------------------
@@ -345,6 +357,7 @@ class _Build:
     def _meta(self, table: EmbeddingTable, cache: Any) -> dict[str, Any]:
         """What the host needs to know to drive the program."""
         g = self.geometry
+        keys, scales = self.ports.entries()
         return {
             "model": self.graph.name,
             "rows": self.sizes.rows,
@@ -357,6 +370,9 @@ class _Build:
             "groups": g.groups,
             "chunks_per_group": g.chunks_per_group,
             "tiles_per_chunk": g.tiles_per_chunk,
+            "tile_words": [g.tile_words(u) for u in range(g.units)],
+            "key_entries": keys,
+            "scale_entries": scales,
             "head_dim": g.head_dim,
             "table": {
                 "rows_per_slice": table.rows_per_slice,

@@ -20,7 +20,9 @@ from openlpu.schedule.ports import Ports
 
 KEY_BASE, SCALE_BASE, PLACE_BASE, ROW_BASE, FIRST_BASE = 2, 3, 4, 5, 6
 SET_BASE = 7  # loaded from a stream
+SHORT_KEY_BASE = 12  # KEY_BASE of tiles that hold fewer positions than lanes
 NEVER = 1 << 30  # a position that no row sees
+_MOST_ROWS_AT_ONCE = 8
 MINUS_INF = -(1 << 23)  # 0xff800000
 
 
@@ -37,6 +39,7 @@ class Geometry:
     context: int
     sequences: int
     rows: int  # of one sequence in a step
+    install_streams: int
 
     @property
     def share(self) -> int:
@@ -68,9 +71,40 @@ class Geometry:
         """Runs that the whole context needs."""
         return -(-self.context // (self.chunk * self.chunks_per_group))
 
+    @property
+    def full_words(self) -> int:
+        """Words of a slice that a tile takes."""
+        return self.lanes // self.install_streams
+
+    def tile_words(self, unit: int) -> int:
+        """The same of a unit's tile of keys or values: full ones, and, where a tile holds
+        fewer positions than lanes, as many as the largest of these needs."""
+        full = self.full_words
+        found = [-(-self._positions(u) // self.install_streams) for u in range(self.units)]
+        short = [words for words in found if words < full]
+        return full if found[unit] == full else max(1, *short)
+
+    def key_base(self, unit: int) -> int:
+        """The base register of a unit's keys and values."""
+        return KEY_BASE if self.tile_words(unit) == self.full_words else SHORT_KEY_BASE
+
+    def _positions(self, unit: int) -> int:
+        """Positions of a sequence that a unit holds in the group where it holds most."""
+        chunk, tile = divmod(unit, self.tiles_per_chunk)
+        inside = min(self.lanes, self.chunk - tile * self.lanes)
+        if self.groups > 1:
+            return inside
+        return max(0, min(inside, self.context - chunk * self.chunk - tile * self.lanes))
+
     def heads_of(self, vector: int) -> int:
         """Key heads in a key vector."""
         return min(self.heads_per_vector, self.kv_heads - vector * self.heads_per_vector)
+
+
+def rows_at_once(rows: int) -> int:
+    """How many of a sequence's rows attend together: all blocks are as large, and more rows would
+    save little time and take much scratch."""
+    return max(n for n in range(1, _MOST_ROWS_AT_ONCE + 1) if rows % n == 0)
 
 
 def geometry(op: Op, chip: Chip, *, context: int, sequences: int, rows: int) -> Geometry:
@@ -90,6 +124,7 @@ def geometry(op: Op, chip: Chip, *, context: int, sequences: int, rows: int) -> 
         context,
         sequences,
         rows // sequences,
+        chip.install_streams,
     )
 
 
@@ -123,26 +158,27 @@ def place_cache(g: Geometry, memory: Memory, side_of_plane: int) -> Cache:
     """Reserve the context's memory; the positions of lanes are constants."""
     chip = memory.chip
     width = chip.install_streams
-    words = memory.layers * g.sequences * g.groups * (g.lanes // width)
+    tiles = memory.layers * g.sequences * g.groups
     cache = Cache({}, {}, {}, {}, {}, {}, {})
     for u in range(g.units):
         side = int(u % g.planes >= side_of_plane)
-        quads = memory.emptiest("context", side, width // QUAD, loads=True)
+        quads = memory.emptiest("context", side, width // QUAD, loads=True, plane=u % g.planes)
         slices = tuple(q + b for q in quads for b in range(QUAD))
         cache.slices[u] = slices
+        words = tiles * g.tile_words(u)
         for v in range(g.vectors):
             for kept in (cache.keys, cache.values):
                 kept[v, u] = tuple(_reserve(memory, s, words) for s in slices)
-        quad = memory.emptiest("context", side, 1)[0]
+        # What is read while the tiles are loaded lies elsewhere.
+        quad = memory.emptiest("context", side, 1, avoid=slices)[0]
         cache.scale_slices[u] = tuple(range(quad, quad + QUAD))
         for v in range(g.vectors):
             for h in range(g.heads_of(v)):
                 for kept_scales in (cache.key_scales, cache.value_scales):
                     kept_scales[v, h, u] = tuple(
-                        _reserve(memory, s, memory.layers * g.sequences * g.groups)
-                        for s in cache.scale_slices[u]
+                        _reserve(memory, s, tiles) for s in cache.scale_slices[u]
                     )
-        cache.places[u] = _places(g, memory, u, side)
+        cache.places[u] = _places(g, memory, u, side, (*slices, *cache.scale_slices[u]))
     return cache
 
 
@@ -153,14 +189,14 @@ def _reserve(memory: Memory, s: int, words: int) -> int:
     return word
 
 
-def _places(g: Geometry, memory: Memory, u: int, side: int) -> Buffer:
+def _places(g: Geometry, memory: Memory, u: int, side: int, avoid: tuple[int, ...]) -> Buffer:
     chunk, tile = divmod(u, g.tiles_per_chunk)
     inside = tile * g.lanes + np.arange(g.lanes)
     table = np.empty((g.groups, g.lanes), "<i4")
     for group in range(g.groups):
         start = (group * g.chunks_per_group + chunk) * g.chunk
         table[group] = np.where(inside < g.chunk, start + inside, NEVER)
-    quad = memory.emptiest("weights", side, 1)[0]
+    quad = memory.emptiest("weights", side, 1, avoid=avoid)[0]
     slices = tuple(range(quad, quad + WORD))
     words = tuple(memory.fixed("weights", s, g.groups) for s in slices)
     planes = table.view(np.uint8).reshape(g.groups, g.lanes, 4)
@@ -170,14 +206,14 @@ def _places(g: Geometry, memory: Memory, u: int, side: int) -> Buffer:
 
 
 def place_state(g: Geometry, ports: Ports, count: int) -> State:
-    """Reserve what lives between sections, `count` rows each."""
+    """Reserve what lives between the sections of a layer, `count` rows each."""
     state = State({}, {}, {}, {}, {})
     for v in range(g.vectors):
         for j in range(g.share):
             for h in range(g.heads_of(v)):
-                west, east = (ports.static(BYTE, count, side) for side in (WEST, EAST))
+                west, east = (ports.of_layer(BYTE, count, side) for side in (WEST, EAST))
                 state.queries[v, h, j] = (west, east)
-                state.scales[v, h, j] = ports.static(WORD, count, None)
+                state.scales[v, h, j] = ports.of_layer(WORD, count, None)
             for kept in (state.top, state.sums, state.out):
-                kept[v, j] = ports.static(WORD, count, None)
+                kept[v, j] = ports.of_layer(WORD, count, None)
     return state

@@ -67,7 +67,8 @@ def place_rows(
     shared = memory.region("table") == memory.region("weights")
     kept = min(_KEPT_WORDS, chip.words_per_bank // 4)
     kept = kept if shared and memory.quiet_quad is not None else 0
-    rooms = {place: max(0, memory.bank_room("table", *place) - kept) // vectors for place in order}
+    most = chip.words_per_bank - kept  # what was placed before is among what is kept
+    rooms = {place: min(memory.bank_room("table", *place), most) // vectors for place in order}
     sizes = sorted(set(rooms.values()) - {0}, reverse=True)
     if not shared:  # evenly, so that each plane finds quads of its own for a tied head's tiles
         sizes.insert(0, -(-vocabulary // chip.slices))

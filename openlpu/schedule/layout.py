@@ -107,6 +107,11 @@ class Maps:
         inside = start + segment <= self._chip.lanes
         return self.number(np.where(inside, turned, lanes).astype(np.int16))
 
+    def spread(self, lane: int) -> int:
+        """One lane of each superlane in all of its lanes."""
+        lanes = np.arange(self._chip.lanes)
+        return self.number((lanes - lanes % self._chip.superlane_lanes + lane).astype(np.int16))
+
     def table(self) -> NDArray[np.int16]:
         """All tables [maps, lanes]."""
         if not self._tables:

@@ -292,14 +292,13 @@ class Lowering(Tasks):
             split = self._shares(v, num_outputs, num_inputs)
             for part in range(split):
                 ks = range(num_inputs)[part::split]
-                plane = self._next_plane(place, part, outputs, by_rows)
+                words = len(ks) * self._groups(x.layout[:1] if by_rows else outputs[None])
+                plane = self._next_plane(place, part, outputs, by_rows, words)
                 for k in ks:
                     if by_rows:
-                        tiles = [
-                            self.store.by_rows(
-                                place, x.layout[k], outputs, plane, layered=self.layered
-                            )
-                        ]
+                        tiles = self.store.by_rows(
+                            place, x.layout[k], outputs, plane, layered=self.layered
+                        )
                     else:
                         tiles = self.store.by_columns(
                             place, k, x.layout[k], outputs, plane, layered=self.layered
@@ -363,14 +362,19 @@ class Lowering(Tasks):
         width = self.chip.install_streams
         return int((layout.reshape(len(layout), -1, width) >= 0).any(axis=2).sum())
 
-    def _next_plane(self, place: int, k: int, outputs: Layout, by_rows: bool) -> int:
+    def _next_plane(self, place: int, k: int, outputs: Layout, by_rows: bool, words: int) -> int:
         """Planes in turn, west and east by turns; where columns over input vector k lie already,
-        their hemisphere."""
+        their hemisphere; and the other one where `words` words more do not fit."""
         side = None if by_rows else self.store.side_of(place, k, outputs)
         half = self.chip.planes_per_hemisphere
-        if side is None:
-            return self.next_plane()
-        return side * half + self.next_turn() % half
+        if side is not None:
+            return side * half + self.next_turn() % half
+        plane = self.next_plane()
+        rooms = [self.store.room(side, layered=self.layered) for side in (WEST, EAST)]
+        own, other = rooms[plane // half], rooms[1 - plane // half]
+        if own < min(words, other) or (self.rows > 1 and own + words < other):
+            plane = (plane + half) % self.chip.planes
+        return plane
 
     def _dequantized(self, e: Expression, op: Op, place: int, layout: Layout, v: int) -> Node:
         sums = self.products(op, place, layout[v : v + 1])[0]

@@ -83,12 +83,16 @@ class Memory:
         self.used: list[tuple[str, int, int, int]] = []
         self._scratch_words = scratch_words
         self._scratch: dict[tuple[int, int], list[int]] = {}  # [first word, words used]
+        self._kept: dict[tuple[int, int], int] = {}  # of scratch, at its end
+        self._scratch_is_whole = False
         for s in range(chip.slices):
             for bank in self._banks("state", s):
                 word = self.fixed("state", s, scratch_words, bank=bank)
                 self.used.append(("scratch", s, word, scratch_words))
                 self._scratch[s, bank] = [word, 0]
+                self._kept[s, bank] = 0
         self._turn = 0
+        self._apart = 0  # the same, of what is read apart
         self._given_back: list[Buffer] = []
 
     def region(self, purpose: str) -> Region:
@@ -196,20 +200,46 @@ class Memory:
         loads: bool = False,
         plane: int | None = None,
         one_bank: bool = False,
+        avoid: Sequence[int] = (),
     ) -> list[int]:
         """`count` quads of a hemisphere with the most room, in order of their number. loads: for
-        what planes load; those of one hemisphere load from different quads, if there are enough."""
-        per_side = self.chip.slices_per_hemisphere // QUAD
-        if loads and self.quiet_quad is not None:
-            per_side = self.quiet_quad
-        first = hemisphere * self.chip.slices_per_hemisphere
-        quads = [first + QUAD * q for q in range(per_side)]
+        what planes load; those of one hemisphere load from different quads, if there are enough.
+        avoid: slices whose quads are taken last."""
+        quads = self._quads(hemisphere)[: self.quiet_quad if loads else None]
+        per_side = len(quads)
         sharing = self.chip.planes_per_hemisphere
         if plane is not None and per_side // sharing >= count:
             quads = quads[plane % sharing :: sharing]
         room = self.room if one_bank else self._total_room
         rooms = {q: min(room(purpose, q + b) for b in range(QUAD)) for q in quads}
-        return sorted(sorted(quads, key=lambda q: (-rooms[q], q))[:count])
+        return sorted(sorted(quads, key=lambda q: (q in avoid, -rooms[q], q))[:count])
+
+    def _quads(self, hemisphere: int) -> list[int]:
+        """First slices of a hemisphere's quads."""
+        half = self.chip.slices_per_hemisphere
+        return [hemisphere * half + QUAD * q for q in range(half // QUAD)]
+
+    def most_uneven(self, purpose: str, hemisphere: int, width: int) -> int:
+        """First of `width` slices with the most room beyond that of the fullest one of their quad,
+        which what takes whole quads cannot use."""
+
+        def excess(quad: int, b: int) -> tuple[int, int]:
+            rooms = [self._total_room(purpose, quad + i) for i in range(QUAD)]
+            return min(rooms[b : b + width]) - min(rooms), min(rooms)
+
+        parts = [(q, b) for q in self._quads(hemisphere) for b in range(0, QUAD, width)]
+        return sum(max(parts, key=lambda part: excess(*part)))
+
+    def quad_rooms(self, purpose: str, hemisphere: int, unit: int) -> list[int]:
+        """How many runs of `unit` words each quad has room for."""
+        region = self.region(purpose).name
+        return [
+            min(
+                sum(self._room(self._spans[region, q + b, k]) // unit for k in (0, 1))
+                for b in range(QUAD)
+            )
+            for q in self._quads(hemisphere)
+        ]
 
     def spread(self, purpose: str, words: int, what: str) -> None:
         """Reserve words that may lie anywhere, evenly over the slices with room."""
@@ -274,9 +304,30 @@ class Memory:
 
     # -- places that live as long as a section --------------------------------------------------
 
-    def clear_scratch(self, turn: int = 0) -> None:
-        """Free all of it. turn: where the choice of quads begins."""
-        self._turn = turn
+    def kept_scratch(self, width: int, count: int, side: int) -> Buffer:
+        """A buffer that sections leave alone, but for those that take the whole scratch: in the
+        hemisphere's quad and bank where least is kept, at one word of all its slices."""
+        places = [
+            (max(self._kept[quad + b + i, bank] for i in range(width)), bank, quad + b)
+            for quad in self._quads(side)
+            for bank in self._banks("state", quad)
+            for b in range(0, QUAD, width)
+        ]
+        kept, bank, first = min(places)
+        kept += count
+        if kept > self._scratch_words:
+            raise self._no_scratch(kept - self._scratch_words)
+        slices = tuple(range(first, first + width))
+        for s in slices:
+            self._kept[s, bank] = kept
+        return Buffer(
+            slices, (self._scratch[first, bank][0] + self._scratch_words - kept,) * width, count
+        )
+
+    def clear_scratch(self, turn: int = 0, *, whole: bool = False) -> None:
+        """Free all of it. turn: where the choice of quads begins. whole: with what is kept."""
+        self._scratch_is_whole = whole
+        self._turn = self._apart = turn
         self._given_back.clear()
         for entry in self._scratch.values():
             entry[1] = 0
@@ -329,13 +380,52 @@ class Memory:
             if old.width >= width and old.count == count and side in sides:
                 self._given_back.remove(old)
                 return replace(old, slices=old.slices[:width], words=old.words[:width])
-        raise DoesNotFit(
+        raise self._no_scratch(count)
+
+    def scratch_evenly(self, width: int, count: int) -> Buffer:
+        """A buffer in the emptiest quad of both hemispheres, at one word of all its slices; asked
+        for before any other scratch of the section, wherever the choice of quads begins."""
+        fills = [
+            (self._scratch[quad, bank][1], bank, quad)
+            for side in (1, 0)
+            for quad in self._quads(side)
+            for bank in self._banks("state", quad)
+        ]
+        fill, bank, quad = min(fills)
+        if fill + count > self._scratch_words:
+            raise self._no_scratch(count)
+        word = self._scratch[quad, bank][0] + fill
+        for b in range(width):
+            self._scratch[quad + b, bank][1] += count
+        return Buffer(tuple(range(quad, quad + width)), (word,) * width, count)
+
+    def _no_scratch(self, count: int) -> DoesNotFit:
+        return DoesNotFit(
             f"scratch of a section on {self.chip.name}",
             self._scratch_words + count,
             self._scratch_words,
             "words a bank",
             ("fewer --rows",),
         )
+
+    def scratch_apart(self, n: int, count: int, hemisphere: int) -> list[Buffer]:
+        """Up to 16 words, any byte of all of which can be read in one cycle: in four quads, the
+        bytes turned by a slice from one vector of a quad to the next. Quads are taken in turn, for
+        what is read from one such set is soon written to another."""
+        per_side = self.chip.slices_per_hemisphere // QUAD
+        among = min(per_side, 2 * QUAD)  # the outer ones
+        first = (hemisphere + 1) * per_side - among
+        for _ in range(among):
+            quads = [first + (self._apart + i) % among for i in range(QUAD)]
+            self._apart += QUAD if among > QUAD else 1
+            sets = [
+                tuple(QUAD * quads[i % QUAD] + (b + i // QUAD) % QUAD for b in range(QUAD))
+                for i in range(n)
+            ]
+            needed = -(-n // QUAD) * count
+            if all(self._scratch_room(slices, needed) is not None for slices in sets[:QUAD]):
+                return [self._take_scratch(slices, count) for slices in sets]
+        raise self._no_scratch(count)
 
     def give_back(self, buffer: Buffer, free_cycle: int) -> None:
         """The scratch buffer may be written again from that cycle on; it is, once all is full."""
@@ -346,7 +436,8 @@ class Memory:
         fitting = []
         for bank in self._banks("state", slices[0]):
             fill = max(self._scratch[s, bank][1] for s in slices)
-            if fill + count <= self._scratch_words:
+            kept = 0 if self._scratch_is_whole else max(self._kept[s, bank] for s in slices)
+            if fill + count + kept <= self._scratch_words:
                 fitting.append((fill, bank))
         return min(fitting)[1] if fitting else None
 

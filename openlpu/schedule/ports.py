@@ -18,6 +18,7 @@ from openlpu.schedule.memory import Buffer, Memory
 
 WORD, HALF, BYTE = 4, 2, 1
 LAYER_ROWS_BASE = 6
+_LONG = 64  # words of a narrow buffer that are worth the search for what wider ones cannot use
 
 
 @dataclass
@@ -40,19 +41,30 @@ class Ports:
 
     def static(self, width: int, count: int, side: int | None) -> Buffer:
         """A buffer that lives through all sections: `count` words in neighbouring slices."""
-        if side is None:
-            self.turn += 1
-            side = self.turn % 2
-        quad = self.memory.emptiest("state", side, 1)[0]
-        rooms = [self.memory.room("state", quad + b) for b in range(4)]
-        first = quad
-        if width < WORD:
-            first += max(range(0, WORD, width), key=lambda b: (min(rooms[b : b + width]), -b))
+        side = self._side(side)
+        if width < WORD and count >= _LONG:
+            first = self.memory.most_uneven("state", side, width)
+        else:
+            first = self.memory.emptiest("state", side, 1)[0]
+            rooms = [self.memory.room("state", first + b) for b in range(WORD)]
+            if width < WORD:
+                first += max(range(0, WORD, width), key=lambda b: (min(rooms[b : b + width]), -b))
         slices = tuple(range(first, first + width))
         words = (self.memory.aligned("state", slices, count),) * width
         for s, word in zip(slices, words, strict=True):
             self.memory.used.append(("state", s, word, count))
         return Buffer(slices, words, count)
+
+    def of_layer(self, width: int, count: int, side: int | None) -> Buffer:
+        """The same, but it lives only from the first section of a layer to its last."""
+        return self.memory.kept_scratch(width, count, self._side(side))
+
+    def _side(self, side: int | None) -> int:
+        """That side, or west and east by turns."""
+        if side is None:
+            self.turn += 1
+            side = self.turn % 2
+        return side
 
     def _port(
         self,
@@ -94,22 +106,29 @@ class Ports:
         ]
         return found[0], found[1]
 
+    def entries(self) -> tuple[list[int], list[int]]:
+        """Which int16 of the port of addresses is the first of each unit's keys, and which that of
+        its scales: first all keys, a unit's in one vector, then all scales."""
+        width, per_vector = self.chip.install_streams, self.chip.lanes // 2
+        per = per_vector // width
+        keys = [u // per * per_vector + u % per * width for u in range(self.units)]
+        return keys, [keys[-1] + width + u for u in range(self.units)]
+
     def key_address(self, unit: int) -> tuple[Buffer, int]:
         """int16 offsets (-1: not here) for the slices of a unit's tiles; (vector, first lane)."""
-        width = self.chip.install_streams
-        per = self.chip.lanes // (2 * width)
-        return self._address("keys.address", unit // per, unit % per * 2 * width, per)
+        return self._address(self.entries()[0][unit])
 
     def scale_address(self, unit: int) -> tuple[Buffer, int]:
-        """int16 offsets of each unit's scales; (vector, lane)."""
-        per = self.chip.lanes // 2
-        return self._address("scales.address", unit // per, unit % per * 2, per)
+        """The int16 offset of a unit's scales; (vector, lane)."""
+        return self._address(self.entries()[1][unit])
 
-    def _address(self, name: str, vector: int, lane: int, per: int) -> tuple[Buffer, int]:
-        vectors = -(-self.units // per)
+    def _address(self, entry: int) -> tuple[Buffer, int]:
+        per_vector = self.chip.lanes // 2
+        vectors = self.entries()[1][-1] // per_vector + 1
         rows = self.rows * self.layers
-        buffers = self._port(name, self._each_lane(vectors), BYTE, rows, "in")
-        return replace(buffers[vector], base=LAYER_ROWS_BASE), lane
+        buffers = self._port("append.address", self._each_lane(vectors), BYTE, rows, "in")
+        vector, at = divmod(entry, per_vector)
+        return replace(buffers[vector], base=LAYER_ROWS_BASE), 2 * at
 
     def lane_map(self, side: int) -> Buffer:
         """int16: 0 in the lane of the row's position, -1 elsewhere; a copy in each hemisphere."""
@@ -128,8 +147,11 @@ class Ports:
         return self._port(name, layout, WORD, self.rows, direction)
 
     def logits(self, layout: Layout) -> list[Buffer]:
-        """float32 results."""
-        return self.row("logits", layout, "out")
+        """float32 results, in the scratch of the last section: nothing is written after it."""
+        if "logits" not in self._ports:
+            buffers = [self.memory.scratch_evenly(WORD, self.rows) for _ in range(len(layout))]
+            self._ports["logits"] = (buffers, layout, "out")
+        return self._ports["logits"][0]
 
     def described(self) -> tuple[Port, ...]:
         """The ports as data."""

@@ -55,18 +55,18 @@ def reduce_lanes(
     superlanes = segment // lanes
     inside = [("rotate", k) for k in range(lanes)]
     if superlanes == 1:
-        return _trip(builder, west, east, inside, op, count, outputs)
+        return trip(builder, west, east, inside, op, count, outputs)
     memory = builder.memory
     halves = tuple(memory.scratch(_WORD, count, hemisphere=h, outer=True) for h in (WEST, EAST))
-    w, e = _trip(builder, west, east, inside, op, count, halves)
+    w, e = trip(builder, west, east, inside, op, count, halves)
     across = [("permute", builder.maps.rotation(segment, k)) for k in range(superlanes)]
-    found = _trip(builder, w, e, across, op, count, outputs)
+    found = trip(builder, w, e, across, op, count, outputs)
     for half in (w, e):  # what is read is free once the result is complete
         memory.give_back(half, max(b.ready + (count - 1) * b.period for b in found))
     return found
 
 
-def _trip(
+def trip(
     builder: SectionBuilder,
     west: Buffer,
     east: Buffer,

@@ -14,6 +14,7 @@ from openlpu.schedule.constants import BYTE, WORD, Constants
 from openlpu.schedule.expression import Accumulator, Expression, Leaf, Operand
 from openlpu.schedule.functions import MAGNITUDE, inverse_root, quantization_step
 from openlpu.schedule.matrix import Tile, accumulators, act, install, load
+from openlpu.schedule.maxima import group_sizes, reduce_group
 from openlpu.schedule.memory import Buffer, Memory
 from openlpu.schedule.reduce import reduce_lanes
 from openlpu.schedule.section import SectionBuilder
@@ -87,6 +88,32 @@ class Tasks:
         for side in (west, east):
             if last_read:
                 self.memory.give_back(side, found.ready + (self.rows - 1) * found.period)
+        return found
+
+    def places_for_maxima(self, n: int, *, alone: bool) -> list[tuple[Buffer, ...]]:
+        """Where to write each of n vectors whose maxima over lanes are wanted at the same time.
+
+        alone: one row is reduced vector by vector all the same, which takes more of the VXM, but
+        one trip less. Bursts of rows keep the VXM full, so they never are where groups can be."""
+        sizes = [1] * n if alone and self.rows == 1 else group_sizes(n, self.chip)
+        found: list[tuple[Buffer, ...]] = []
+        for size in sizes:
+            if size == 1:
+                found.append(self.both_sides())
+            else:
+                apart = self.memory.scratch_apart(size, self.rows, self.next_turn() % 2)
+                found += [(buffer,) for buffer in apart]
+        return found
+
+    def maxima(self, written: list[tuple[Buffer, ...]], op: str) -> list[Buffer]:
+        """The maximum over all lanes of each vector, in every lane, which is what reads it last.
+        written: all of `places_for_maxima`."""
+        if len(written[0]) == 2:
+            return [self.over_lanes(w, e, op, last_read=True) for w, e in written]
+        found: list[Buffer] = []
+        for size in group_sizes(len(written), self.chip):
+            sources = [buffer for (buffer,) in written[len(found) : len(found) + size]]
+            found += reduce_group(self.b, sources, op, self.chip.lanes, self.rows)
         return found
 
     def mask(self, lanes: NDArray[np.bool_]) -> Buffer:

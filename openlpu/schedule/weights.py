@@ -62,11 +62,42 @@ class WeightStore:
             slices = tuple(q + b for q in quads for b in range(QUAD))
             if all(self.memory.room(purpose, s) >= needed for s in slices):
                 break
-        else:  # or those with the most room in one bank
-            quads = self.memory.emptiest(purpose, hemisphere, count, loads=True, one_bank=True)
-            slices = tuple(q + b for q in quads for b in range(QUAD))
+        else:  # or those with the most room in one bank, the quiet ones at last
+            for loads in (True, False):
+                quads = self.memory.emptiest(purpose, hemisphere, count, loads=loads, one_bank=True)
+                slices = tuple(q + b for q in quads for b in range(QUAD))
+                if all(self.memory.room(purpose, s) >= needed for s in slices):
+                    break
         take = self.memory.layered if layered else self.memory.fixed
         return slices, tuple(take(purpose, s, words) for s in slices)
+
+    def places(
+        self, hemisphere: int, words: int, *, layered: bool, plane: int
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+        """The same in as few places as there is room for: slices, first words, how many words of
+        each. Where memory is nearly full, no bank may have room for all of them."""
+        memory, count = self.memory, self.memory.chip.install_streams // QUAD
+        layers = memory.layers if layered else 1
+        found = []
+        while words:
+            quads = memory.emptiest(self.purpose, hemisphere, count, one_bank=True)
+            room = min(memory.room(self.purpose, q + b) for q in quads for b in range(QUAD))
+            some = min(words, max(room // layers, 1))  # with no room at all, the refusal says so
+            slices, at = self.allocate(hemisphere, some, layered=layered, plane=plane)
+            found.append((slices, at, some))
+            words -= some
+        return found
+
+    def room(self, hemisphere: int, *, layered: bool) -> int:
+        """How many words `places` can give in all: of each word the slices are different ones."""
+        chip, memory = self.memory.chip, self.memory
+        count = chip.install_streams // QUAD
+        layers = memory.layers if layered else 1
+        rooms = memory.quad_rooms(self.purpose, hemisphere, layers)
+        most = sum(rooms) // count
+        while most and sum(min(room, most) for room in rooms) < count * most:
+            most = sum(min(room, most) for room in rooms) // count
+        return most
 
     def has_room(self, hemisphere: int, words: int, *, layered: bool) -> bool:
         """Whether `allocate` can give as many words."""
@@ -78,8 +109,9 @@ class WeightStore:
 
     def by_rows(
         self, place: int, inputs: Layout, outputs: Layout, plane: int, *, layered: bool
-    ) -> Tile:
-        """One input vector [lanes] times one output vector [lanes], stored by rows."""
+    ) -> list[Tile]:
+        """One input vector [lanes] times one output vector [lanes], stored by rows. One tile for
+        each place that groups come from."""
         width = self.memory.chip.install_streams
         hemisphere = plane // self.memory.chip.planes_per_hemisphere
         groups = [
@@ -87,19 +119,25 @@ class WeightStore:
             for g in range(len(inputs) // width)
             if (inputs[g * width : (g + 1) * width] >= 0).any()
         ]
-        slices, words = self.allocate(hemisphere, len(groups), layered=layered, plane=plane)
-        rows = np.concatenate([inputs[g * width : (g + 1) * width] for g in groups])
+        tiles: list[Tile] = []
+        first = 0
+        for slices, words, count in self.places(
+            hemisphere, len(groups), layered=layered, plane=plane
+        ):
+            some = groups[first : first + count]
+            rows = np.concatenate([inputs[g * width : (g + 1) * width] for g in some])
 
-        def build(weight: object) -> Bytes:
-            assert isinstance(weight, np.ndarray)
-            part = weight.T[np.maximum(rows, 0)][:, np.maximum(outputs, 0)]
-            part = np.where((rows >= 0)[:, None] & (outputs >= 0)[None, :], part, 0)
-            return striped(part.astype(np.int8), width)
+            def build(weight: object, rows: Layout = rows) -> Bytes:
+                assert isinstance(weight, np.ndarray)
+                part = weight.T[np.maximum(rows, 0)][:, np.maximum(outputs, 0)]
+                part = np.where((rows >= 0)[:, None] & (outputs >= 0)[None, :], part, 0)
+                return striped(part.astype(np.int8), width)
 
-        self.fills.append(Fill(place, slices, words, build, "weights"))
-        return Tile(
-            slices, words, ranges(groups, range(len(groups))), True, LAYER_BASE if layered else 0
-        )
+            self.fills.append(Fill(place, slices, words, build, "weights"))
+            base = LAYER_BASE if layered else 0
+            tiles.append(Tile(slices, words, ranges(some, range(count)), True, base))
+            first += count
+        return tiles
 
     def by_columns(
         self, place: int, k: int, inputs: Layout, outputs: Layout, plane: int, *, layered: bool
@@ -115,19 +153,23 @@ class WeightStore:
                 wanted.append((g, part))
         fresh = [part for _, part in wanted if (place, k, hemisphere, part) not in self._known]
         fresh = list(dict.fromkeys(fresh))
-        if fresh:
-            slices, words = self.allocate(hemisphere, len(fresh), layered=layered, plane=plane)
-            columns = np.array([f for part in fresh for f in part])
+        first = 0
+        for slices, words, count in self.places(
+            hemisphere, len(fresh), layered=layered, plane=plane
+        ):
+            some = fresh[first : first + count]
+            columns = np.array([f for part in some for f in part])
 
-            def build(weight: object) -> Bytes:
+            def build(weight: object, columns: Layout = columns) -> Bytes:
                 assert isinstance(weight, np.ndarray)
                 part = weight[np.maximum(columns, 0)][:, np.maximum(inputs, 0)]
                 part = np.where((columns >= 0)[:, None] & (inputs >= 0)[None, :], part, 0)
                 return striped(part.astype(np.int8), width)
 
             self.fills.append(Fill(place, slices, words, build, "weights"))
-            for i, part in enumerate(fresh):
+            for i, part in enumerate(some):
                 self._known[place, k, hemisphere, part] = (slices, words, i)
+            first += count
         by_place: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
         for g, part in wanted:
             slices, words, i = self._known[place, k, hemisphere, part]

@@ -121,10 +121,8 @@ class Driver:
                 self._write(port, self._scale_lanes(positions, tokens))
             elif port.name == "embed.address":
                 self._write(port, self._token_address(port, tokens))
-            elif port.name == "keys.address":
-                self._write(port, self._address(port, positions, keys=True))
-            elif port.name == "scales.address":
-                self._write(port, self._address(port, positions, keys=False))
+            elif port.name == "append.address":
+                self._write(port, self._append_address(port, positions))
             else:
                 raise RequestError(f"the program has an unknown port {port.name!r}")
 
@@ -170,15 +168,14 @@ class Driver:
             bases[row, first : first + table["scale_slices"]] = word
         return bases.view("<i1")
 
-    def _address(self, port: Port, positions: NDArray[np.int64], *, keys: bool) -> NDArray[Any]:
-        """Bytes of the int16 offsets at which each unit's slices keep the row's position."""
+    def _append_address(self, port: Port, positions: NDArray[np.int64]) -> NDArray[Any]:
+        """Bytes of the int16 offsets at which each unit's slices keep the row's position: those of
+        its keys and values, and that of their scales."""
         meta, width = self.meta, self.chip.install_streams
         per = meta["rows"] // meta["sequences"]
-        tile_words = self.chip.lanes // width
-        in_vector = self.chip.lanes // 2  # offsets; a vector holds those of whole units
-        units = in_vector // width
         rows = len(positions)
         bases = np.full((meta["layers"] * rows, port.features.size // 2), -1, "<i2")
+        layers = np.arange(meta["layers"]) * meta["sequences"] * meta["groups"]
         for row, position in enumerate(positions):
             if position < 0:
                 continue
@@ -186,15 +183,10 @@ class Driver:
             group, chunk_in_group = divmod(chunk, meta["chunks_per_group"])
             tile, lane = divmod(inside, self.chip.lanes)
             unit = chunk_in_group * meta["tiles_per_chunk"] + tile
-            slot = row // per * meta["groups"] + group
-            for layer in range(meta["layers"]):
-                slots = layer * meta["sequences"] * meta["groups"] + slot
-                if keys:
-                    word = slots * tile_words + lane // width
-                    at = unit // units * in_vector + unit % units * width + lane % width
-                    bases[layer * rows + row, at] = word
-                else:
-                    bases[layer * rows + row, unit] = slots
+            slots = layers + row // per * meta["groups"] + group
+            words = slots * meta["tile_words"][unit] + lane // width
+            bases[row::rows, meta["key_entries"][unit] + lane % width] = words
+            bases[row::rows, meta["scale_entries"][unit]] = slots
         return bases.view("<i1")
 
 
