@@ -240,9 +240,11 @@ def test_bad_input_is_one_line_and_code_2(
 ) -> None:
     code, out, err = lpu(*[tiny if word == "TINY" else word for word in words])
     assert (code, out) == (2, "")
-    assert err.startswith("lpu: ")
-    assert len(err.splitlines()) == 1
-    assert message.lower() in err.lower()
+    # Whoever comes first in an empty cache is told of kernels being compiled.
+    lines = [line for line in err.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1
+    assert lines[0].startswith("lpu: ")
+    assert message.lower() in lines[0].lower()
 
 
 def test_a_damaged_or_unknown_model_is_named(lpu: Lpu, tiny: str, tmp_path: Path) -> None:

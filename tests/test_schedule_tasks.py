@@ -13,7 +13,7 @@ from chip_models import CHIPS, TINY, Bench, cut_to, random_words
 from numpy.typing import NDArray
 
 from openlpu import isa
-from openlpu.chip import Chip
+from openlpu.chip import Chip, load_chip
 from openlpu.numerics.functions import hadamard_blocks, swiglu
 from openlpu.numerics.quant import linear, quantize, quantize_weight
 from openlpu.schedule.expression import (
@@ -331,6 +331,30 @@ def plane_weights(words: Mapping[tuple[int, int], I8], tiles: Sequence[Tile], ch
                     else:
                         plane[:, index] = vector
     return plane
+
+
+def test_an_install_waits_for_every_part_of_a_tile() -> None:
+    """The part that is asked for last may come first, when others keep the other one's slices."""
+    chip = load_chip("tsp_v1")
+    bench = Bench(chip)
+    width = chip.install_streams
+    busy, free = (tuple(range(at, at + width)) for at in (0, chip.slices_per_hemisphere - width))
+    groups = chip.lanes // width
+
+    def tile(slices: tuple[int, ...], first: int, count: int) -> Tile:
+        return Tile(slices, (0,) * width, ((first, 0, count),), True)
+
+    for _ in range(20):
+        load(bench.builder, 1, tile(busy, 0, groups))
+        bench.builder.planes[1].installed = -1  # nothing but keeps the slices busy
+    load(bench.builder, 0, tile(busy, 0, 1))
+    load(bench.builder, 0, tile(free, 1, groups - 1))
+    install(bench.builder, 0)
+    queue = bench.builder.queue("load", 0)
+    loads = [i for i in bench.builder.finish().issues if i.queue == queue and i.op == "load"]
+    last = {i.args[0]: i.cycle + i.count - 1 for i in loads}
+    assert last[0] > last[1], "the first part comes last"
+    assert bench.builder.planes[0].installed >= last[0] + chip.latency.mxm_load
 
 
 @pytest.mark.parametrize("name", ["tiny", "superlanes 4", "superlanes 6", "slices 48"])

@@ -58,7 +58,8 @@ def load(builder: SectionBuilder, plane: int, tile: Tile) -> None:
             read = (word + at, step, tile.base, builder.number(flow, j))
             builder.issue(begin, s, "read", read, count, 1)
         last = max(last, start + count - 1)
-    state.loaded = last + chip.latency.mxm_load
+    # Of several tiles the first one may be the last to arrive.
+    state.loaded = max(state.loaded, last + chip.latency.mxm_load)
 
 
 def install(builder: SectionBuilder, plane: int) -> None:

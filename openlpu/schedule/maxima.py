@@ -67,7 +67,8 @@ def reduce_group(
         _give_back(builder, (west, east), found[0], count)
         west, east = found
     spread = [_spread(builder, (west, east)[p % 2], p, count) for p in range(len(sources))]
-    _give_back(builder, (west, east), spread[-1], count)
+    last = max(spread, key=lambda buffer: buffer.ready + (count - 1) * buffer.period)
+    _give_back(builder, (west, east), last, count)
     return spread
 
 
