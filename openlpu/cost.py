@@ -13,6 +13,7 @@ import numpy as np
 
 from openlpu import isa
 from openlpu import program as programs
+from openlpu.asm.binary import text_bytes
 from openlpu.check.streams import count_hops, find_flows
 from openlpu.check.table import tabulate
 from openlpu.chip import Chip, Energy
@@ -65,10 +66,22 @@ def _counts_by(body: tuple[Run | Loop, ...], var: str) -> bool:
     return any(loop.by == var or _counts_by(loop.body, var) for loop in loops)
 
 
-def energy_pj(counters: Mapping[str, int], chip: Chip) -> dict[str, float]:
-    """Picojoules of a step by class, the fields of chip.Energy."""
+def fetched_bytes(program: Program, chip: Chip, params: Params) -> int:
+    """Bytes of instructions of a step: each run of a section fetches its texts."""
+    programs.check_params(program, params)
+    runs = _section_runs(program.plan, params, {})
+    return sum(
+        times * sum(text_bytes(program.sections[index], chip).values())
+        for index, times in runs.items()
+    )
+
+
+def energy_pj(counters: Mapping[str, int], fetched_bytes: int, chip: Chip) -> dict[str, float]:
+    """Picojoules of a step by class, the fields of chip.Energy. No instruction fetches texts, so
+    their bytes are charged beside the counters."""
     units = dict.fromkeys(Energy.__dataclass_fields__, 0)
     units["stream_hop_byte"] = counters.get("hops", 0) * chip.lanes
+    units["fetch_byte"] = fetched_bytes
     for name, kind in isa.KINDS.items():
         issued = counters.get(f"issue.{name}", 0)
         if issued and kind.energy:

@@ -10,6 +10,9 @@ LpuError                     all that a user can cause; the command prints it, e
 ├── RequestError             a prompt or parameter is outside what the model accepts
 ├── NumericOverflow          a value left the finite range, so no bits can be promised
 ├── GraphError               a graph is malformed (text does not parse, shapes do not meet)
+├── ChipError                a chip file has unknown keys or impossible sizes
+├── ProgramError             a program cannot be decoded, or is not legal on its chip
+│   └── MachineError         the simulated chip met what a legal program never does
 ├── UnsupportedTarget        a kernel set that this machine's processor lacks
 └── DoesNotFit               a resource is too small; carries the figures
 """

@@ -562,6 +562,7 @@ def test_queues_drive_their_own_unit(queue: int, op: str) -> None:
     [
         *({"count": 0}, {"period": 0}, {"cycle": -1}, {"cycle": 20}, {"tag": 1}),
         *({"op": "none"}, {"args": ()}, {"count": 1 << 70}, {"args": (1 << 70,) * 4}),
+        *({"period": 2}, {"count": 2, "period": 20}),
     ],
     ids=str,
 )
@@ -569,6 +570,15 @@ def test_issues_are_well_formed(change: dict[str, int]) -> None:
     one = program([], 20)
     broken = replace(one.sections[0], issues=(replace(PUSH, **change),))  # type: ignore[arg-type]
     assert all(verdict(replace(one, sections=(broken,), plan=()), TINY))
+
+
+@pytest.mark.parametrize(("field", "most"), [("count", 1 << 16), ("period", (1 << 16) - 1)])
+def test_repetitions_are_those_that_repeat_can_say(field: str, most: int) -> None:
+    """16 bits for each; the first issue is no repetition. So what is legal can be written."""
+    for value in (most, most + 1):
+        pushes = replace(PUSH, **{"count": 2, "period": 1, field: value})
+        said = verdict(program([pushes], 1 << 17), TINY)
+        assert [field in words for words in said] == [value > most] * 2
 
 
 def test_issues_are_sorted() -> None:

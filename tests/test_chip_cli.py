@@ -17,8 +17,9 @@ from tiny_chat import write_tiny_chat
 
 from openlpu import asm, knobs
 from openlpu.cli import main
+from openlpu.cli.compile import speed
 from openlpu.engine.onchip import OnChip, facts
-from openlpu.program import cycles
+from openlpu.program import Loop, Param, Run, cycles
 
 Lpu = Callable[..., tuple[int, str, str]]
 SAMPLED = ("--temperature", "1", "--seed", "5")
@@ -86,6 +87,7 @@ def test_compile_tells_sizes_and_speed(
     assert report["cycles"] == step
     assert report["tokens_per_s"] == pytest.approx(report["clock_hz"] / step)
     assert report["bytes"] == path.stat().st_size
+    assert report["prompt_rows_per_s"] == report["tokens_per_s"]  # a row a step
     assert report["identity"] == facts(made).identity
     assert report["context"] == 256  # the model's own is less than the usual one
     assert report["used_bytes"] == sum(use["bytes"] for use in report["memory"])
@@ -149,7 +151,7 @@ def test_explain_fits_a_terminal(lpu: Lpu, program: str) -> None:
     for section in made.sections:
         assert section.name in out
     assert "what binds: latency" in out
-    assert "mJ a token" in out
+    assert "mJ a token decoded" in out
     assert "logits linear" in out
     plain = out
     code, out, _ = lpu("explain", program, "--json", "--params", "groups=1")
@@ -167,6 +169,12 @@ def test_explain_fits_a_terminal(lpu: Lpu, program: str) -> None:
         added = [operation["added_cycles"] for operation in section["operations"]]
         assert min(added) >= 0
         assert 0 <= section["cycles"] - sum(added) < 100  # the last results are on their way
+
+
+def test_speed_tells_decoding_from_reading() -> None:
+    assert speed(1, 1, 0.5) == "decoding 2 tokens/s"
+    assert speed(4, 4, 0.5) == "decoding 8 tokens/s, 4 a step"
+    assert speed(64, 1, 0.5) == "decoding 2 tokens/s; reading prompts 128 rows/s, 64 a step"
 
 
 def test_explain_takes_programs_of_no_model(lpu: Lpu, folder: Path) -> None:
@@ -189,9 +197,37 @@ def test_explain_tells_why_there_is_no_bound(lpu: Lpu, program: str, tmp_path: P
     assert "no lower bound: the program holds no graph" in out
 
 
+@pytest.mark.parametrize("params", [(), (Param("groups", 1, 0, 0),)], ids=["none", "no groups"])
+def test_explain_takes_any_parameters(
+    lpu: Lpu, program: str, tmp_path: Path, params: tuple[Param, ...]
+) -> None:
+    made = dataclasses.replace(asm.load(program), params=params, plan=(Run(0),))
+    asm.save(made, tmp_path / "odd.lpu")
+    code, out, _ = lpu("explain", str(tmp_path / "odd.lpu"))
+    assert code == 0
+    assert "no lower bound: the parameters do not say" in out
+
+
+@pytest.mark.parametrize("cycles_of_a_run", [0, 9])
+def test_a_step_that_never_ends_is_one_line(
+    lpu: Lpu, program: str, tmp_path: Path, cycles_of_a_run: int
+) -> None:
+    made = asm.load(program)
+    first = dataclasses.replace(made.sections[0], cycles=cycles_of_a_run, issues=())
+    plan: tuple[Run | Loop, ...] = (Run(0),)
+    for var in "ijk":
+        plan = (Loop(var, 1 << 30, plan),)
+    path = str(tmp_path / "long.lpu")
+    asm.save(dataclasses.replace(made, sections=(first, *made.sections[1:]), plan=plan), path)
+    for words in (["explain", path], ["view", path]):
+        code, out, err = lpu(*words)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert "can be shown" in err
+
+
 def _text_of_nothing() -> str:
     from openlpu.chip import load_chip
-    from openlpu.program import Program, Run, Section
+    from openlpu.program import Program, Section
 
     none = np.zeros((0, 32), np.int16)
     empty = Section("empty\x1b[31m", 5, ())
@@ -210,7 +246,8 @@ def _text_of_nothing() -> str:
         (["compile", "TINY", "--chip", "tiny", "--rows", "3", "--sequences", "2"], "multiple"),
         (["compile", "TINY", "--chip", "tiny", "--precision", "w9"], "precision is 'w9'"),
         (["compile", "TINY", "--chip", "tiny", "-o", "/no/such/x.lpu"], "no such folder"),
-        (["compile", "TINY", "--chip", "tiny", "-o", "TINY"], "no place for a program"),
+        (["compile", "TINY", "--chip", "tiny", "-o", "TINY"], "is no file; give another"),
+        (["compile", "TINY", "--chip", "tiny", "-o", "TINY/model.safetensors"], "is no .lpu file"),
         (["sim", "PROGRAM"], "--prompt"),
         (["sim", "/no/such.lpu", "--prompt", "Hi"], "no such file"),
         (["sim", "PROGRAM", "--prompt", "Hi", "--machine", "steam"], "machine is 'steam'"),

@@ -265,8 +265,16 @@ def test_only_files_are_read_and_replaced(tmp_path: Path) -> None:
     for path in (tmp_path, Path("/dev/null"), tmp_path / "pipe"):
         with pytest.raises(ProgramError, match="is no file"):
             save(SMALL, path)
-    with pytest.raises(ProgramError, match="no such file or directory"):
+    with pytest.raises(ProgramError, match="there is no such folder"):
         save(SMALL, tmp_path / "no" / "folder.lpu")
+    precious, empty = tmp_path / "model.safetensors", tmp_path / "new.lpu"
+    precious.write_bytes(b"weights")
+    empty.touch()
+    with pytest.raises(ProgramError, match=r"model\.safetensors: is there, and is no \.lpu file"):
+        save(SMALL, precious)
+    assert precious.read_bytes() == b"weights"
+    save(SMALL, empty)
+    assert same(load(empty), SMALL)
 
 
 # -- commands ---------------------------------------------------------------------------------
@@ -417,3 +425,5 @@ def test_a_text_that_is_none(lpu: Lpu, tmp_path: Path) -> None:
         assert err.startswith(f"lpu: {bad}: {named}")
     assert lpu("asm", tmp_path / "none.txt", "-o", tmp_path / "p.lpu")[0] == 2
     assert not (tmp_path / "p.lpu").exists()
+    code, _, err = lpu("asm", tmp_path, "-o", tmp_path / "p.lpu")
+    assert (code, err) == (2, f"lpu: {tmp_path}: is no file\n")

@@ -34,13 +34,15 @@ from tiny_models import in_blocks, random_model, stages
 from openlpu import cost, knobs
 from openlpu import program as programs
 from openlpu.asm.container import save
+from openlpu.chip import load_chip
 from openlpu.errors import DoesNotFit, LpuError, RequestError, UnsupportedModel
 from openlpu.graph import Batch, Graph
 from openlpu.passes.recipe import Materializer
 from openlpu.passes.rewrite import with_attrs, with_ops
 from openlpu.program import Program
 from openlpu.reference import Reference
-from openlpu.schedule.build import MAX_ROWS, Sizes, build_program
+from openlpu.schedule.build import MAX_ROWS, Sizes, _levers, build_program
+from openlpu.schedule.normal import parts, plain
 from openlpu.sim.drive import Driver
 from openlpu.sim.fast import Fast
 from openlpu.sim.step import Step
@@ -278,7 +280,19 @@ def test_weights_that_are_too_large_for_what_lies_beside_them() -> None:
 def test_a_context_that_is_too_long() -> None:
     error = lacking(Sizes(1, 1, 1_000_000), *small())
     assert error.resource.startswith("context in region sram of tiny")
-    assert "a shorter --context" in error.levers
+    assert error.levers == ("a shorter --context", "a larger chip")
+    error = lacking(Sizes(2, 2, 1_000_000), *small())
+    assert error.levers == ("fewer --sequences", "a shorter --context", "a larger chip")
+
+
+def test_a_lever_that_cannot_be_moved_is_not_named() -> None:
+    model, one, many = parts(plain(small()[0])), Sizes(1, 1, 8), Sizes(8, 1, 8)
+    scratch, table = ("fewer --rows",), ("--table-region", "--precision w4", "a larger chip")
+    assert _levers(scratch, model, TINY, one) == ("a larger chip",)
+    assert _levers(scratch, model, TINY, many) == scratch
+    assert _levers(scratch, model, TINY, Sizes(4, 4, 8)) == ("fewer --sequences",)
+    assert _levers(table, model, TINY, one) == table[1:]
+    assert _levers(table, model, load_chip("lpu_217"), one) == table
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from random_programs import issue, section
 from random_sections import TINY
 
 from openlpu import cost, isa
+from openlpu.asm.binary import encode
 from openlpu.check import check
 from openlpu.chip import Chip
 from openlpu.errors import MachineError, RequestError
@@ -397,7 +398,7 @@ def test_energy_is_events_times_their_energy() -> None:
     counters = {"cycles": 9, "hops": 10, "issue.act": 2, "issue.load": 3, "issue.install": 1}
     counters |= {"issue.fadd": 4, "issue.mul": 5, "issue.read": 6, "issue.gather": 1}
     counters |= {"issue.scatter": 7, "issue.shift": 1, "issue.transpose": 1, "issue.out": 1}
-    found = cost.energy_pj(counters, TINY)
+    found = cost.energy_pj(counters, 11, TINY)
     energy = TINY.energy_pj
     bytes_loaded = 3 * 16 * LANES + LANES * LANES + 4 * LANES
     assert found == {
@@ -412,8 +413,22 @@ def test_energy_is_events_times_their_energy() -> None:
         "stream_hop_byte": energy.stream_hop_byte * 10 * LANES,
         "load_byte": energy.load_byte * bytes_loaded,
         "permute_byte": energy.permute_byte * 20 * LANES,
-        "fetch_byte": 0.0,
+        "fetch_byte": energy.fetch_byte * 11,
     }
+
+
+def test_every_run_fetches_its_texts() -> None:
+    one = program(
+        [issue(E0, "read", 0, dst=A)],
+        9,
+        plan=(Loop("i", "n", (Run(0),)),),
+        params=(Param("n", 1, 0, 3),),
+    )
+    (text,) = encode(one.sections[0], TINY).values()
+    for n in (0, 3):
+        assert cost.fetched_bytes(one, TINY, {"n": (n,)}) == n * len(text)
+    with pytest.raises(RequestError):
+        cost.fetched_bytes(one, TINY, {"n": (4,)})
 
 
 def test_an_error_names_its_place() -> None:

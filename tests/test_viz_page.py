@@ -186,6 +186,11 @@ def test_a_program_needs_no_name(meta: str) -> None:
     assert "<title>LPU program</title>" in page(made, TINY, ONE)
 
 
+def test_the_title_is_the_name_that_was_compiled() -> None:
+    made = replace(model("tiny"), meta='{"model": "llama", "checkpoint": "smollm2"}')
+    assert "<title>smollm2</title>" in page(made, TINY, ONE)
+
+
 # -- in a browser -----------------------------------------------------------------------------
 
 
@@ -396,7 +401,8 @@ def test_view_and_trace_write_files(
         (("--params", "chunks=27"), "not 0 to 26"),
         (("--chip", "tsp_v1"), "for the chip 'tiny'"),
         (("--chip", "nothing"), "no chip 'nothing'"),
-        (("-o", "/nowhere/page.html"), "no such file or directory"),
+        (("-o", "/nowhere/page.html"), "/nowhere/page.html: no such file or directory"),
+        (("-o", "/dev/full"), "/dev/full: no space left on device"),
     ],
 )
 def test_bad_words_are_one_line(

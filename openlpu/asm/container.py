@@ -52,10 +52,9 @@ _PROLOGUE_BYTES = 64
 def save(program: Program, path: str | Path) -> str:
     """Write the file, whole or not at all; returns its sha256. Raises ProgramError."""
     path = Path(path)
+    demand_place(path)
     header, arrays = take_apart(program)
     with _explained(path):
-        if path.exists() and not path.is_file():
-            raise ProgramError("is there, and is no file")
         temporary = path.with_name(f".{uuid.uuid4().hex}.lpu")
         try:
             with temporary.open("xb") as file:
@@ -73,6 +72,23 @@ def save(program: Program, path: str | Path) -> str:
         finally:
             temporary.unlink(missing_ok=True)
     return digest.hexdigest()
+
+
+def demand_place(path: Path) -> None:
+    """Raise ProgramError unless a program may be written there: a new file, an empty one, or
+    another program. Nobody wants a model's weights or a text replaced by it."""
+    with _explained(path):
+        if not path.parent.is_dir():
+            raise ProgramError("there is no such folder")
+        if not os.access(path.parent, os.W_OK):
+            raise ProgramError("its folder cannot be written")
+        if not path.exists():
+            return
+        if not path.is_file():
+            raise ProgramError("is there, and is no file")
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) not in (b"", MAGIC):
+                raise ProgramError("is there, and is no .lpu file; it is left as it is")
 
 
 def program_sha256(program: Program) -> str:

@@ -265,7 +265,9 @@ class _Program:
         line.mark("sha256")
         key = line.match(_SHA256, "a sha256").group()
         if key not in self.contents:
-            raise ProgramError(f"the contents {key} are not at hand")
+            raise ProgramError(
+                f"the contents {key} are not at hand; --contents names a program that has them"
+            )
         raw = self.contents[key].reshape(-1).view(np.uint8)
         if raw.size != size or hashlib.sha256(np.ascontiguousarray(raw).data).hexdigest() != key:
             raise ProgramError(f"the contents {key} are not these {size:,} bytes")

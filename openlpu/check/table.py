@@ -24,6 +24,8 @@ Bools = NDArray[np.bool_]
 
 LONGEST = 1 << 31  # cycles that a section cannot have; keys of events stay below 2**63
 _UNLINKED = ("icu", "c2c")
+# `repeat` says how often more, and how far apart.
+_MOST_REPEATS, _LONGEST_PERIOD = ((1 << field.bits) - 1 for field in isa.KINDS["repeat"].fields)
 # All operations of the VXM have the same fields and make one group; of the rest each makes its own.
 _GROUP_OF = {kind.name: "vxm" if kind.unit == "vxm" else kind.name for kind in isa.KINDS.values()}
 
@@ -170,8 +172,9 @@ def _demand_times(table: Table, figures: I64) -> None:
         table.refuse(bad, rows, cycle, what)
 
     refuse((queue < 0) | (queue >= isa.units(table.chip).count), "there is no such queue")
-    refuse(count < 1, "count is below 1")
-    refuse(period < 1, "period is below 1")
+    refuse((count < 1) | (count - 1 > _MOST_REPEATS), f"count is not in 1 .. {_MOST_REPEATS + 1}")
+    refuse((period < 1) | (period > _LONGEST_PERIOD), f"period is not in 1 .. {_LONGEST_PERIOD}")
+    refuse((count == 1) & (period != 1), "without repetitions, period is 1")
     refuse((tag < 0) | (tag >= len(table.section.tags)), "there is no such tag")
     # The first two conditions keep the third from overflowing.
     beyond = (count > cycles) | ((count > 1) & (period > cycles)) | (cycle < 0) | (cycle >= cycles)

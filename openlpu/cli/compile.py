@@ -13,7 +13,7 @@ import typer
 
 from openlpu.cli import options
 from openlpu.cli.terminal import Progress, table, write, write_json
-from openlpu.errors import RequestError
+from openlpu.errors import ProgramError, RequestError
 
 if TYPE_CHECKING:
     from openlpu.chip import Chip
@@ -95,11 +95,13 @@ def compile_model(
 
 def _path(output: Path | None, checkpoint: Checkpoint) -> Path:
     """Where the program goes. Refused before minutes of work: a place where it cannot."""
+    from openlpu.asm.container import demand_place
+
     path = output or Path(f"{checkpoint.name.rsplit('/')[-1]}.lpu")
-    if not path.parent.is_dir():
-        raise RequestError(f"{path.parent}: there is no such folder; give another --output")
-    if path.exists() and (path.is_dir() or path.samefile(checkpoint.source)):
-        raise RequestError(f"{path} is no place for a program; give another --output")
+    try:
+        demand_place(path)
+    except ProgramError as error:
+        raise RequestError(f"{error}; give another --output") from None
     return path
 
 
@@ -122,7 +124,8 @@ def _figures(program: Program, chip: Chip, params: Params) -> dict[str, Any]:
         "context": known.context,
         "cycles": found.cycles,
         "seconds": found.seconds,
-        "tokens_per_s": known.sequences / found.seconds,
+        "tokens_per_s": known.sequences / found.seconds,  # decoding: one of each sequence a step
+        "prompt_rows_per_s": known.rows / found.seconds,
         "sections": [
             {
                 "name": section.name,
@@ -158,9 +161,21 @@ def _print(report: dict[str, Any]) -> None:
     columns = ["section", "cycles", "runs a step", "instructions", "text bytes"]
     write(table(columns, rows) + "\n" + memory_table(report))
     write(
-        f"\n{report['cycles']:,} cycles a step at full context: {report['seconds'] * 1e6:,.1f} us, "
-        f"{report['tokens_per_s']:,.0f} tokens/s at {report['clock_hz'] / 1e6:,.0f} MHz\n"
+        f"\n{report['cycles']:,} cycles a step at full context: {report['seconds'] * 1e6:,.1f} us "
+        f"at {report['clock_hz'] / 1e6:,.0f} MHz\n"
+        + speed(report["rows"], report["sequences"], report["seconds"])
+        + "\n"
     )
+
+
+def speed(rows: int, sequences: int, seconds: float) -> str:
+    """What steps of so many rows make of their time: decoding has one token of each sequence to
+    compute, a prompt fills all rows."""
+    each = f", {sequences} a step" if sequences > 1 else ""
+    text = f"decoding {sequences / seconds:,.0f} tokens/s{each}"
+    if rows > sequences:
+        text += f"; reading prompts {rows / seconds:,.0f} rows/s, {rows} a step"
+    return text
 
 
 def memory_table(report: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openlpu.cli import options, see
-from openlpu.cli.compile import memory_table
+from openlpu.cli.compile import memory_table, speed
 from openlpu.cli.terminal import table, write, write_json
 from openlpu.errors import GraphError, ProgramError, UnsupportedModel
 
@@ -50,15 +50,13 @@ def explain(
 def _figures(program: Program, chip: Chip, params: Params) -> dict[str, Any]:
     """Everything there is to tell."""
     from openlpu.asm.binary import text_bytes
-    from openlpu.cost import count
+    from openlpu.cost import count, energy_pj, fetched_bytes
     from openlpu.viz.utilization import utilization
 
     found = utilization(program, chip, params)
     texts = [sum(text_bytes(section, chip).values()) for section in program.sections]
-    fetched_bytes = sum(
-        text * section.runs for text, section in zip(texts, found.sections, strict=True)
-    )
-    energy = _energy(count(program, chip, params), fetched_bytes, chip)
+    fetched = fetched_bytes(program, chip, params)
+    energy = energy_pj(count(program, chip, params), fetched, chip)
     step_j = sum(energy.values()) / 1e12
     known = _model(program)
     sections = [_section(use, text) for use, text in zip(found.sections, texts, strict=True)]
@@ -79,7 +77,7 @@ def _figures(program: Program, chip: Chip, params: Params) -> dict[str, Any]:
         "used_bytes": found.used_bytes,
         "memory_bytes": found.memory_bytes,
         "text_bytes": sum(texts),
-        "fetched_bytes": fetched_bytes,
+        "fetched_bytes": fetched,
     }
 
 
@@ -101,7 +99,9 @@ def _least(
     from openlpu.engine.onchip import graph_of
     from openlpu.schedule.normal import plain
 
-    positions = min(params["groups"], default=1) * known.group_positions
+    positions = min(params.get("groups", ()), default=0) * known.group_positions
+    if positions < 1:
+        return {"unknown": "the parameters do not say how many groups each sequence attends to"}
     shape = Shape(known.rows, known.sequences, min(known.context, positions))
     try:
         graph = plain(graph_of(program))
@@ -183,15 +183,6 @@ def _op_of(operation: dict[str, Any]) -> str:
     return str(name)
 
 
-def _energy(counters: dict[str, int], fetched_bytes: int, chip: Chip) -> dict[str, float]:
-    """Picojoules of a step by class. No instruction fetches texts, so these are charged here."""
-    from openlpu.cost import energy_pj
-
-    found = energy_pj(counters, chip)
-    found["fetch_byte"] += fetched_bytes * chip.energy_pj.fetch_byte
-    return found
-
-
 def _use(use: Use) -> dict[str, Any]:
     return {"unit": use.unit, "busy": use.share, "tightest": use.tightest}
 
@@ -262,10 +253,8 @@ def _speed(report: dict[str, Any]) -> str:
     line = f"{report['cycles']:,} cycles a step, {seconds * 1e6:,.1f} us"
     each, tokens = "a step", 1
     if model is not None and seconds:
-        each, tokens = "a token", model["sequences"]
-        line += f": {tokens / seconds:,.0f} tokens/s"
-        if model["rows"] > tokens:
-            line += f" ({model['rows'] / seconds:,.0f} of a prompt)"
+        each, tokens = "a token decoded", model["sequences"]
+        line += f": {speed(model['rows'], tokens, seconds)}"
     line += f"; {report['joules'] / tokens * 1e3:,.3f} mJ {each}, {report['watts']:,.1f} W"
     total = sum(report["energy_pj"].values())
     largest = sorted(report["energy_pj"].items(), key=lambda e: -e[1])[:5]

@@ -15,18 +15,7 @@ from openlpu.cli.terminal import write, write_json
 
 if TYPE_CHECKING:
     from openlpu.asm.operands import Names
-    from openlpu.chip import Chip
     from openlpu.program import Program, Section
-
-_File = Annotated[Path, typer.Argument(metavar="FILE.lpu", help="A compiled program.")]
-_Chip = Annotated[
-    str,
-    typer.Option(
-        "--chip",
-        metavar="NAME|FILE",
-        help="The chip; by default the shipped one that the program names.",
-    ),
-]
 
 
 def asm(
@@ -41,7 +30,7 @@ def asm(
             help="A program with the memory contents that the text names by their sha256.",
         ),
     ] = None,
-    chip: _Chip = "",
+    chip: options.Chip = "",
     json: options.Json = False,
 ) -> None:
     """Make a program of its assembly text."""
@@ -53,7 +42,7 @@ def asm(
     text = _read(source, 4 * LONGEST_TEXT)
     at_hand = assembler.contents(assembler.load(contents)) if contents else {}
     try:
-        program = assembler.loads(text, _chip(chip_name(text), chip), at_hand)
+        program = assembler.loads(text, options.chip_of(chip_name(text), chip), at_hand)
     except ProgramError as error:
         raise ProgramError(f"{source}: {error}") from None
     digest = assembler.save(program, output)
@@ -65,14 +54,14 @@ def asm(
 
 
 def dis(
-    file: _File,
+    file: options.ProgramFile,
     section: Annotated[
         str, typer.Option(metavar="NAME", help="Only the sections of this name.")
     ] = "",
     queue: Annotated[
         str, typer.Option(metavar="NAME", help="Only the issues of this queue: mem.e3, alu0.")
     ] = "",
-    chip: _Chip = "",
+    chip: options.Chip = "",
     json: options.Json = False,
 ) -> None:
     """Print a program as assembly text."""
@@ -82,7 +71,7 @@ def dis(
     from openlpu.errors import RequestError
 
     program = load(file)
-    names = Names(_chip(program.chip, chip))
+    names = Names(options.chip_of(program.chip, chip))
     chosen = [s for s in program.sections if section in ("", s.name)]
     if section and not chosen:
         known = ", ".join(s.name for s in program.sections)
@@ -95,14 +84,14 @@ def dis(
         write(dumps(program, names.chip))
 
 
-def check(file: _File, chip: _Chip = "", json: options.Json = False) -> None:
+def check(file: options.ProgramFile, chip: options.Chip = "", json: options.Json = False) -> None:
     """Prove that a program is legal on its chip: nothing collides, is missed or goes astray."""
     from openlpu.asm import load, program_sha256
     from openlpu.check import check as prove
     from openlpu.errors import ProgramError
 
     program = load(file)
-    made_for = _chip(program.chip, chip)
+    made_for = options.chip_of(program.chip, chip)
     try:
         prove(program, made_for)
     except ProgramError as error:
@@ -131,25 +120,14 @@ def _read(path: Path, longest_bytes: int) -> str:
 
     try:
         if not path.is_file():
-            raise ProgramError(f"{path}: there is no such file")
+            raise ProgramError(
+                f"{path}: {'is no file' if path.exists() else 'there is no such file'}"
+            )
         if path.stat().st_size > longest_bytes:
             raise ProgramError(f"{path}: a program's text has at most {longest_bytes:,} bytes")
         return path.read_bytes().decode()
     except UnicodeDecodeError:
         raise ProgramError(f"{path}: is not UTF-8 text") from None
-
-
-def _chip(name: str, chosen: str) -> Chip:
-    """The chip that a program names, or the one that the user chose, which must have its name."""
-    from openlpu.chip import load_chip, shipped_chips
-    from openlpu.errors import ProgramError
-
-    if not chosen and name not in shipped_chips():
-        raise ProgramError(f"the program is for the chip {name!r}; give its file with --chip")
-    chip = load_chip(chosen or name)
-    if chip.name != name:
-        raise ProgramError(f"the program is for the chip {name!r}, not for {chip.name!r}")
-    return chip
 
 
 def _document(

@@ -100,7 +100,10 @@ def _save(output: Path, program: Path, data: bytes, *, json: bool) -> None:
     """Write the file and tell where it is."""
     if output.exists() and output.samefile(program):
         raise RequestError(f"{output} is the program itself; give another --output")
-    output.write_bytes(data)
+    try:
+        output.write_bytes(data)
+    except OSError as error:
+        raise RequestError(f"{output}: {(error.strerror or str(error)).lower()}") from None
     if json:
         write_json({"path": str(output), "bytes": len(data)})
     else:

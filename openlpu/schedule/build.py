@@ -95,7 +95,24 @@ def build_program(
             tried[at] = error
             at += 1 if error.resource.startswith("scratch") else -1
     # Where less scratch is too little for a section, what it leaves no room for is the answer.
-    raise min(tried.values(), key=lambda error: error.resource.startswith("scratch"))
+    least = min(tried.values(), key=lambda error: error.resource.startswith("scratch"))
+    least.levers = _levers(least.levers, model, chip, sizes)
+    raise least
+
+
+def _levers(named: tuple[str, ...], model: Parts, chip: Chip, sizes: Sizes) -> tuple[str, ...]:
+    """Those of the levers that can be moved."""
+    one_each = sizes.rows == sizes.sequences
+    idle = {
+        "fewer --rows": one_each,
+        "--table-region": len(chip.regions) == 1,
+        "--precision w4": model.embed.params[0].format in BLOCK_FORMATS,
+    }
+    found = [name for name in named if not idle.get(name)]
+    of_sequences = {"a shorter --context", *(["fewer --rows"] if one_each else [])}
+    if sizes.sequences > 1 and of_sequences & set(named):
+        found.insert(0, "fewer --sequences")
+    return tuple(found) or ("a larger chip",)
 
 
 def _usual_scratch_words(sizes: Sizes) -> int:

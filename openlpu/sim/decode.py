@@ -87,8 +87,10 @@ class _Decoder:
 
     def times(self) -> None:
         issue = self.issue
-        self.demand(issue.count >= 1, f"count is {issue.count}")
-        self.demand(issue.period >= 1, f"period is {issue.period}")
+        more, apart = (1 << field.bits for field in isa.KINDS["repeat"].fields)
+        self.demand(1 <= issue.count <= more, f"count is {issue.count}")
+        self.demand(1 <= issue.period < apart, f"period is {issue.period}")
+        self.demand(issue.count > 1 or issue.period == 1, "a period without repetitions")
         inside = issue.cycle >= 0 and issue.last_cycle < self.section.cycles
         self.demand(inside, f"cycles {issue.cycle} to {issue.last_cycle} are not in the section")
         self.demand(0 <= issue.tag < len(self.section.tags), f"there is no tag {issue.tag}")

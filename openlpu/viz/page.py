@@ -182,8 +182,11 @@ def _title(program: Program) -> str:
         meta = json.loads(program.meta)
     except (ValueError, RecursionError):
         meta = None
-    name = meta.get("model") if isinstance(meta, dict) else None
-    return name[:_LONGEST_TITLE] if isinstance(name, str) and name.strip() else "LPU program"
+    known = meta if isinstance(meta, dict) else {}
+    for name in (known.get("checkpoint"), known.get("model")):
+        if isinstance(name, str) and name.strip():
+            return name[:_LONGEST_TITLE]
+    return "LPU program"
 
 
 def _chip(chip: Chip) -> dict[str, Any]:

@@ -36,6 +36,7 @@ UNITS = (
 LATENCY = "latency"
 _READS = ("read", "gather")
 _BINDS_FROM = 0.5
+_MOST_CYCLES = 1 << 53  # of a step, and runs of a section: the page's numbers are float64
 
 I64 = NDArray[np.int64]
 
@@ -114,7 +115,9 @@ def utilization(program: Program, chip: Chip, params: Params) -> Utilization:
     """The figures of a step. Raises RequestError for params, ProgramError if it is malformed."""
     prove_drawable(program, chip, params)
     pools = _Pools(chip)
-    counts = run_counts(program, params)
+    counts, total = run_counts(program, params), cycles(program, params)
+    if max(total, *counts, 0) > _MOST_CYCLES:
+        raise ProgramError(f"a step has {total:,} cycles; {_MOST_CYCLES:,} can be shown")
     sections, whole, issues = [], np.zeros(pools.count, np.int64), 0
     for section, runs in zip(program.sections, counts, strict=True):
         busy = pools.busy(section, flows(section, chip))
@@ -122,7 +125,6 @@ def utilization(program: Program, chip: Chip, params: Params) -> Utilization:
         sections.append(found)
         whole += runs * busy.sum(axis=0)
         issues += runs * found.issues
-    total = cycles(program, params)
     uses = pools.uses(whole, total)
     return Utilization(
         cycles=total,
