@@ -86,16 +86,26 @@ class Reference:
         A sequence may also go back: rows at positions it already has replace them and all later
         ones. Raises RequestError when a sequence would have a gap.
         """
+        return self._value(self.graph.output, batch)
+
+    def states(self, batch: Batch) -> F32:
+        """The residual stream float32 [L, D] of the wanted rows, before the last norm."""
+        return self._value(self.graph.states, batch)
+
+    def _value(self, wanted: str, batch: Batch) -> F32:
+        """One value of the step; ops behind it do not run."""
         known: dict[str, _Known] = {"tokens": batch.tokens}
         last_use = {name: i for i, op in enumerate(self.graph.ops) for name in op.src}
         # A poisoned row (NaN scale) passes through casts of NaN; the contract says what it yields.
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             for i, op in enumerate(self.graph.ops):
                 known[op.out] = self._run(op, [known[name] for name in op.src], batch)
+                if op.out == wanted:
+                    return _f32(known[wanted])
                 for name in op.src:
-                    if last_use[name] == i and name != self.graph.output:
+                    if last_use[name] == i:
                         known.pop(name, None)
-        return _f32(known[self.graph.output])
+        raise GraphError(f"the graph makes no value {wanted!r}")
 
     def _run(self, op: Op, src: list[_Known], batch: Batch) -> _Known:
         match op.kind:

@@ -16,11 +16,14 @@ from openlpu import __version__
 from openlpu.cli.chat import chat
 from openlpu.cli.compile import compile_model
 from openlpu.cli.explain import explain
+from openlpu.cli.keys import keys
 from openlpu.cli.measure import bench, eval_text, verify
 from openlpu.cli.models import inspect, models, pull
 from openlpu.cli.program import asm, check, dis
+from openlpu.cli.replay import replay
 from openlpu.cli.run import run
 from openlpu.cli.see import trace, view
+from openlpu.cli.serve import serve
 from openlpu.cli.simulate import simulate
 from openlpu.cli.terminal import drop_output, note, write
 from openlpu.errors import LpuError
@@ -48,6 +51,9 @@ app.command()(dis)
 app.command()(check)
 app.command()(view)
 app.command()(trace)
+app.command()(serve)
+app.command()(replay)
+app.add_typer(keys, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

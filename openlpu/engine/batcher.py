@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Literal
@@ -25,11 +25,11 @@ from openlpu.engine.clock import Clock, wall_clock
 from openlpu.engine.logprobs import token_logprob
 from openlpu.engine.pages import PageTable
 from openlpu.engine.planner import Limits, Share, plan
-from openlpu.engine.runner import Runner, page_rows
+from openlpu.engine.runner import HasStates, Runner, page_rows
 from openlpu.engine.sampler import choose
 from openlpu.engine.sampling import Sampling
 from openlpu.engine.sequence import Answer, Request, Sequence, token_ids
-from openlpu.errors import DoesNotFit, NumericOverflow, RequestError
+from openlpu.errors import DoesNotFit, LpuError, NumericOverflow, RequestError
 from openlpu.graph.step import PAGE, Batch
 
 F32 = NDArray[np.float32]
@@ -69,6 +69,7 @@ class Engine:
         self._slots: dict[int, Sequence] = {}
         self._submitted: deque[Sequence] = deque()
         self._forgotten: deque[Sequence] = deque()
+        self._readers_turn = False
         self._lock = threading.RLock()
 
     # -- sequences ------------------------------------------------------------------------------
@@ -148,14 +149,19 @@ class Engine:
     ) -> Answer:
         """Start an answer on a sequence of its own, which is closed when the answer ends. Never
         waits for a step. Raises RequestError like `ask`."""
-        ids = self._checked(tokens, before=1)
-        answer = self._answer(ids, sampling, request or Request())
+        request = request or Request()
+        if request.reader is not None and not isinstance(self.runner, HasStates):
+            raise RequestError("states cannot be read here; use the host engine or the reference")
+        ids = self._checked(tokens, before=1 if request.reader is None else 0)
+        answer = self._answer(ids, sampling, request)
         self._submitted.append(Sequence(tokens=ids, answer=answer, submitted=True))
         return answer
 
     def _answer(self, ids: list[int], sampling: Sampling, request: Request) -> Answer:
         if sampling.ignore_eos:
             request = replace(request, end_ids=frozenset())
+        if request.reader is not None:
+            request = replace(request, speculate=False)
         return Answer(
             sampling=sampling,
             prompt_length=len(ids),
@@ -199,8 +205,12 @@ class Engine:
             shares = self._reserved(self._planned())
             if not shares:
                 return []
-            logits = self._run(shares, "last")
             sampled: list[tuple[Sequence, int]] = []
+            if shares[0].sequence.reads:
+                self._read(shares)
+                self._reclaim()
+                return sampled
+            logits = self._run(shares, "last")
             row = 0
             for share in shares:
                 if share.sequence.pending == 0:
@@ -218,7 +228,16 @@ class Engine:
             if sequence.slot >= 0 or self._take_slot(sequence):
                 self._begin(sequence)
                 running.append(sequence)
-        return plan(running, self._limits)
+        readers = [s for s in running if s.reads]
+        others = [s for s in running if not s.reads]
+        if not (readers and others):
+            return plan(running, self._limits)
+        # No step can end both before and after the head: they take turns.
+        self._readers_turn = not self._readers_turn
+        if not self._readers_turn:
+            return plan(others, self._limits)
+        rows = min(self._limits.rows, self._limits.prompt_rows)
+        return plan(readers, replace(self._limits, rows=rows))
 
     def _by_urgency(self) -> list[Sequence]:
         """Those with unfinished answers; the sort keeps equal ones in order of age."""
@@ -240,7 +259,7 @@ class Engine:
         """Hold the pages that are known for the beginning of its tokens."""
         answer = sequence.answer
         assert answer is not None
-        if not sequence.pages:
+        if not sequence.pages and not sequence.reads:  # a reader wants the states of all tokens
             sequence.pages = self.pages.find(sequence.tokens[:-1])
             sequence.cached = PAGE * len(sequence.pages)
             if answer.first_step_s is None:
@@ -263,13 +282,17 @@ class Engine:
             except DoesNotFit as error:
                 if self._preempt(sequence):
                     waiting.appendleft(share)
-                elif kept:
+                elif kept or self._is_held_by_others(sequence):
                     continue  # the others go on; it waits for them
                 elif sequence.answer is not None:
                     sequence.answer.error = error  # alone, and still too large
                 continue
             kept.append(share)
         return [share for share in kept if share.sequence.slot >= 0]
+
+    def _is_held_by_others(self, sequence: Sequence) -> bool:
+        """Whether those whose turn the next step is hold memory."""
+        return any(s.busy and s.pages and s.reads != sequence.reads for s in self._open)
 
     def _preempt(self, urgent: Sequence) -> bool:
         """Take the pages of one sequence that goes after `urgent`: one whose answer is finished, or
@@ -283,6 +306,24 @@ class Engine:
                     victim.answer.preempted += 1
                 return True
         return False
+
+    def _read(self, shares: list[Share]) -> None:
+        """One step of readers, who take the states of its rows."""
+        assert isinstance(self.runner, HasStates)
+        states = self._run(shares, "all", self.runner.states)
+        row = 0
+        for share in shares:
+            sequence, answer = share.sequence, share.sequence.answer
+            assert answer is not None
+            assert answer.request.reader is not None
+            try:
+                first = sequence.cached - share.rows
+                answer.request.reader.take(first, states[row : row + share.rows])
+            except LpuError as error:
+                answer.error = error
+            row += share.rows
+            if not sequence.pending and not answer.done:
+                answer.finish_reason = "stop"
 
     def _sample(self, share: Share, logits: F32) -> list[int]:
         """Tokens chosen from logits [1 + drafted, V], while the draft turns out right."""
@@ -329,8 +370,13 @@ class Engine:
         if start // PAGE != sequence.cached // PAGE:
             self.pages.offer(sequence.pages, sequence.tokens, start, sequence.cached)
 
-    def _run(self, shares: Items[Share], wanted: Literal["all", "last"]) -> F32:
-        """Logits [L, V] of one step over pages that are reserved."""
+    def _run(
+        self,
+        shares: Items[Share],
+        wanted: Literal["all", "last"],
+        compute: Callable[[Batch], F32] | None = None,
+    ) -> F32:
+        """Logits [L, V] of one step over pages that are reserved, or what else `compute` gives."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -349,7 +395,7 @@ class Engine:
                 rows_wanted += range(count - 1 - len(share.draft), count)
         last = max(self._slots, default=-1) + 1
         held = [self._slots[s].pages if s in self._slots else [] for s in range(last)]
-        logits = self.runner.step(
+        found = (compute or self.runner.step)(
             Batch(
                 tokens=np.array(tokens, np.int32),
                 positions=np.array(positions, np.int32),
@@ -360,7 +406,7 @@ class Engine:
         )
         for share in shares:
             self._cached(share.sequence, share.rows)
-        return logits
+        return found
 
     # -- logits ---------------------------------------------------------------------------------
 

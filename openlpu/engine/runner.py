@@ -7,7 +7,7 @@ positions that a slot already has replace them, so a sequence may go back withou
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,15 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class HasStates(Protocol):
+    """A Runner whose states can be read, not its logits only. A chip's program has no such port."""
+
+    def states(self, batch: Batch) -> F32:
+        """Like `step`, but the residual stream float32 [L, D] before the last norm."""
+        ...
+
+
 class ReferenceRunner:
     """The slow exact reference as a Runner. It keeps K/V by slot, so pages are only counted."""
 
@@ -83,6 +92,11 @@ class ReferenceRunner:
         """Logits float32 [L, V] of the wanted rows."""
         assert self._reference is not None, "the runner is closed"
         return self._reference.step(batch)
+
+    def states(self, batch: Batch) -> F32:
+        """The residual stream float32 [L, D] of the wanted rows, before the last norm."""
+        assert self._reference is not None, "the runner is closed"
+        return self._reference.states(batch)
 
     def close(self) -> None:
         """Forget weights and K/V."""

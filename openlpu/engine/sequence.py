@@ -55,6 +55,15 @@ class Constraint(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """Reads a prompt's states; no token is sampled."""
+
+    def take(self, first: int, states: NDArray[np.float32]) -> None:
+        """The residual stream [rows, D] before the last norm, of the positions from `first` on.
+        Positions may come again, if the sequence gave its memory up; the bits are the same."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A conversation. tokens[:cached] have their K/V in `pages`; slot is its row of the page table,
@@ -78,6 +87,11 @@ class Sequence:
     def busy(self) -> bool:
         """Whether an answer is under way."""
         return self.answer is not None and not self.answer.done
+
+    @property
+    def reads(self) -> bool:
+        """Whether its states are wanted, and not tokens."""
+        return self.answer is not None and self.answer.request.reader is not None
 
     @property
     def idle(self) -> bool:
@@ -111,6 +125,9 @@ class Request:
     constraint: Constraint | None = None
     speculate: bool = True
     """Whether prompt lookup may propose tokens; it never changes one."""
+    reader: Reader | None = None
+    """Takes the states of all tokens of a submitted prompt in place of an answer, which ends once
+    it has them all."""
 
 
 @dataclass(slots=True, eq=False)

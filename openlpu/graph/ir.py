@@ -124,6 +124,12 @@ class Graph:
     output: str
     meta: tuple[tuple[str, Attr], ...] = field(default=())
 
+    @property
+    def states(self) -> str:
+        """The residual stream of the wanted rows, before the last norm: what the op rows picks.
+        Empty for a graph that picks none."""
+        return next((op.out for op in self.ops if op.kind == "rows"), "")
+
     def params(self) -> Iterator[Param]:
         """Every param once, in order of first use."""
         seen: set[str] = set()

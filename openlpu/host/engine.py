@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from openlpu.errors import RequestError
+from openlpu.errors import GraphError, RequestError
 from openlpu.graph import Batch, Graph, TensorSource
 from openlpu.graph.step import PAGE
 from openlpu.host.codegen import load_kernels
@@ -103,7 +103,6 @@ class HostModel:
         self.pages = 0
         self.grow(pages)
         self._set(Context.TASKS, self._tasks.ctypes.data)
-        self._set(Context.TASK_COUNT, len(self._plan.tasks))
         self._set(Context.THREADS, threads)
         self._set(Context.PAGE_BYTES, self.page_bytes)
         self._team = Team(code, self._context)
@@ -166,10 +165,28 @@ class HostModel:
         A row that left the finite range comes back as NaN, and spares the others. Raises
         RequestError if the batch breaks the rules of Batch.
         """
+        plan = self._plan
         with self._lock:
-            return self._step(batch)
+            logits = np.empty((len(batch.wanted), padded(plan.output_width)), np.float32)
+            for at in self._output_at:
+                self._tasks[at] = logits.ctypes.data
+            self._run(batch, len(plan.tasks))
+            return logits[:, : plan.output_width]
 
-    def _step(self, batch: Batch) -> NDArray[np.float32]:
+    def states(self, batch: Batch) -> NDArray[np.float32]:
+        """Run one step up to the last norm; returns the residual stream of the wanted rows, float32
+        [L, D]. Otherwise like `step`."""
+        plan = self._plan
+        if not plan.states:
+            raise GraphError("the graph picks no rows, so there are no states to read")
+        with self._lock:
+            self._run(batch, plan.states_tasks)
+            slot = self._slots[plan.place[plan.states]].view(np.float32)
+            rows, width = len(batch.wanted), padded(plan.states_width)
+            return slot[: rows * width].reshape(rows, width)[:, : plan.states_width].copy()
+
+    def _run(self, batch: Batch, tasks: int) -> None:
+        """Run the first `tasks` tasks of a step."""
         arrays = [
             np.ascontiguousarray(a, np.int32)
             for a in (batch.tokens, batch.positions, batch.slots, batch.wanted, batch.pages)
@@ -177,7 +194,7 @@ class HostModel:
         rows, wanted = arrays[0].size, arrays[3].size
         last, shared = self._check(*arrays)
         if rows == 0:
-            return np.zeros((0, self._plan.output_width), np.float32)
+            return
         if last >= self._cosines.shape[0]:
             self._cosines, self._sines = self._rope(max(last + 1, 2 * self._cosines.shape[0]))
         for field, value in (
@@ -190,13 +207,10 @@ class HostModel:
             (Context.PAGE_TABLE, arrays[4].ctypes.data),
             (Context.PAGE_STRIDE, arrays[4].shape[1]),
             (Context.SHARED_KV, int(shared)),
+            (Context.TASK_COUNT, tasks),
         ):
             self._context[field] = value
-        logits = np.empty((wanted, padded(self._plan.output_width)), np.float32)
-        for at in self._output_at:
-            self._tasks[at] = logits.ctypes.data
         self._team.step()
-        return logits[:, : self._plan.output_width]
 
     def _check(
         self, tokens: I32, positions: I32, slots: I32, wanted: I32, pages: I32

@@ -56,13 +56,16 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """slots: byte size of each buffer; place: value -> slot. The output has no slot: every step
-    writes fresh memory."""
+    writes fresh memory. states: Graph.states, which the first `states_tasks` tasks make."""
 
     tasks: tuple[Task, ...]
     slots: tuple[int, ...]
     place: dict[str, int]
     output: str
     output_width: int
+    states: str
+    states_width: int
+    states_tasks: int
     query_bytes: int
     layers: int
     kv_head_bytes: int  # of one layer: all its kv heads in one page
@@ -239,12 +242,16 @@ def make_plan(graph: Graph, threads: int) -> Plan:
     if any((a.kv_heads, a.head_dim) != (first.kv_heads, first.head_dim) for a in attentions):
         raise GraphError("layers with different K/V shapes are not supported by the host engine")
     place, memory = _place(graph, tasks, known, threads)
+    states = graph.states
     return Plan(
         tasks=tuple(tasks),
         slots=tuple(memory.sizes),
         place=place,
         output=graph.output,
         output_width=known[graph.output].width,
+        states=states,
+        states_width=known[states].width if states else 0,
+        states_tasks=1 + max((i for i, task in enumerate(tasks) if task.op == states), default=-1),
         query_bytes=MAX_ROWS * max(a.heads * a.query_bytes for a in attentions),
         layers=max(op.integer("layer") for op in graph.ops if op.kind == "attention") + 1,
         kv_head_bytes=first.kv_heads * head_bytes(first.head_dim),

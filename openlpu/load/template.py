@@ -12,6 +12,7 @@ Whatever goes wrong in a template ends in TemplateError; bad messages end in Req
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -51,6 +52,16 @@ class ChatTemplate:
         self._lock = threading.Lock()
         self._environment = MeteredEnvironment(Meter(GRANT_BYTES, SECONDS), clock)
         self._template = _guarded(lambda: self._environment.load_source(source))
+
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads from outside, such as `tools`. Raises TemplateError."""
+        from jinja2.meta import find_undeclared_variables
+
+        with self._lock:
+            return _guarded(
+                lambda: frozenset(find_undeclared_variables(self._environment.parse(self.source)))
+            )
 
     def render(
         self,

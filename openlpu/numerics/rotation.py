@@ -8,6 +8,7 @@ with the largest blocks that do. Everything is float64 additions in a fixed orde
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -16,12 +17,13 @@ from numpy.typing import NDArray
 from openlpu.numerics import SUPERLANE
 
 F64 = NDArray[np.float64]
+Matrix = tuple[tuple[int, ...], ...]
 
 SIGN_SEED = 1
 _CACHED_VALUES = 1 << 16  # two arrays of 512 KiB
 
 
-def _paley(order: int) -> tuple[tuple[int, ...], ...]:
+def _paley(order: int) -> Matrix:
     """Hadamard matrix of order p + 1 for a prime p = 3 mod 4 (Paley's first construction),
     or of order 2(p + 1) for a prime p = 1 mod 4 (the second), with entries +1 and -1."""
     p = order - 1
@@ -47,6 +49,7 @@ def _paley(order: int) -> tuple[tuple[int, ...], ...]:
 
 
 PALEY = {order: _paley(order) for order in (12, 20, 28)}
+_TRANSPOSED = {order: tuple(zip(*matrix, strict=True)) for order, matrix in PALEY.items()}
 
 
 @lru_cache
@@ -82,12 +85,14 @@ def signs(n: int, *, seed: int = SIGN_SEED) -> F64:
     return np.where(z >> np.uint64(63), -1.0, 1.0)
 
 
-def _apply_factor(x: F64, out: F64, factor: int) -> tuple[F64, F64]:
+def _apply_factor(
+    x: F64, out: F64, factor: int, paley: Mapping[int, Matrix] = PALEY
+) -> tuple[F64, F64]:
     """x [..., factor, inner] times the factor's matrix along that axis: y_i = sum_j H_ij x_j,
     j ascending; a power of two by butterflies of stride 1, 2, 4... Both arrays are used as
     scratch; returns (result, the other one)."""
-    if factor in PALEY:
-        for i, row in enumerate(PALEY[factor]):
+    if factor in paley:
+        for i, row in enumerate(paley[factor]):
             total = out[..., i, :]
             np.multiply(x[..., 0, :], float(row[0]), out=total)
             for j in range(1, factor):
@@ -106,7 +111,7 @@ def _apply_factor(x: F64, out: F64, factor: int) -> tuple[F64, F64]:
     return x, out
 
 
-def _turn(x: F64, order_factors: tuple[int, ...]) -> F64:
+def _turn(x: F64, order_factors: tuple[int, ...], paley: Mapping[int, Matrix] = PALEY) -> F64:
     """x [parts, n, M] times the Kronecker product of the factors along n. Overwrites x."""
     shape = x.shape
     parts, inner = shape[0], shape[1] * shape[2]
@@ -114,7 +119,7 @@ def _turn(x: F64, order_factors: tuple[int, ...]) -> F64:
     for factor in order_factors:
         parts, inner = parts * factor, inner // factor
         split = (parts // factor, factor, inner)
-        x, out = _apply_factor(x.reshape(split), out.reshape(split), factor)
+        x, out = _apply_factor(x.reshape(split), out.reshape(split), factor, paley)
     return x.reshape(shape)
 
 
@@ -150,6 +155,17 @@ def rotate_last(x: F64, *, seed: int = SIGN_SEED) -> F64:
         turned = _turn(part.reshape(n // order, order, -1), factors(order))
         np.multiply(turned.reshape(part.shape).T, scale, out=y[at : at + step])
     return y
+
+
+def unrotate_last(x: F64, *, seed: int = SIGN_SEED) -> F64:
+    """x [M, n] -> x R^T with R = D H^T / sqrt(n), the inverse of rotate_last: the transposed
+    factors in the same order, then the signs, then the scale."""
+    rows, n = x.shape
+    order = block_order(n)
+    columns = x.T.reshape(n // order, order, rows).copy()
+    turned = _turn(columns, factors(order), _TRANSPOSED).reshape(n, rows)
+    turned = (turned * signs(n, seed=seed)[:, None]) * (1.0 / math.sqrt(order))
+    return np.ascontiguousarray(turned.T)
 
 
 def rotate_heads_first(x: F64, heads: int, *, seed: int = SIGN_SEED) -> F64:
