@@ -142,7 +142,7 @@ def test_a_cancelled_answer_gives_its_memory_back_at_the_next_step(host: Runner)
         engine.submit(random_tokens(100, VOCABULARY, seed=i), Sampling(max_tokens=99))
         for i in range(2)
     ]
-    for _ in range(3):
+    while not all(answer.generated for answer in answers):
         engine.step()
     held = engine.pages.held
     answers[0].cancel()
@@ -159,12 +159,21 @@ def waiting(pending: int, cached: int = 0) -> Sequence:
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
-    limits = Limits(rows=512, rows_of_a_sequence=512, prompt_rows=128, drafted_rows=8)
+    limits = Limits(rows=512, rows_of_a_sequence=512, prompt_rows=(32, 128), drafted_rows=8)
     long, short = waiting(4000), waiting(16)
-    assert [(s.sequence, s.rows) for s in plan([long, short], limits)] == [(long, 496), (short, 16)]
+    assert [(s.sequence, s.rows) for s in plan([long, short], limits)] == [(long, 116), (short, 16)]
     decoding = waiting(1, 30)
     shares = plan([long, decoding, short], limits)
     assert [(s.sequence, s.rows) for s in shares] == [(decoding, 1), (long, 112), (short, 16)]
+
+
+def test_a_step_of_prompts_is_short_if_some_wait_and_long_if_many_do() -> None:
+    limits = Limits(rows=512, rows_of_a_sequence=512, prompt_rows=(32, 128), drafted_rows=8)
+    few, many = [waiting(16) for _ in range(8)], [waiting(100) for _ in range(20)]
+    assert [share.sequence for share in plan(few, limits)] == few[:2]
+    assert sum(share.rows for share in plan(many, limits)) == 500
+    assert sum(share.rows for share in plan([waiting(1), *many], limits)) == 1 + 128
+    assert [share.rows for share in plan(many[:1], limits)] == [100]  # nobody else waits
 
 
 @given(
@@ -172,11 +181,12 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     st.integers(1, 512),
     st.integers(1, 512),
     st.integers(1, 200),
+    st.integers(0, 200),
 )
 def test_a_plan_keeps_its_limits(
-    pending: list[int], rows: int, of_a_sequence: int, prompt_rows: int
+    pending: list[int], rows: int, of_a_sequence: int, least: int, more: int
 ) -> None:
-    limits = Limits(rows, min(rows, of_a_sequence), prompt_rows, 8)
+    limits = Limits(rows, min(rows, of_a_sequence), (least, least + more), 8)
     sequences = [waiting(count) for count in pending]
     shares = plan(sequences, limits)
     assert sum(share.rows for share in shares) <= rows
@@ -187,11 +197,11 @@ def test_a_plan_keeps_its_limits(
     decoding = [s for s in sequences if s.pending == 1]
     if decoding:
         prompts = sum(share.rows for share in shares if share.sequence.pending > 1)
-        assert prompts <= prompt_rows
+        assert prompts <= least + more
 
 
 def test_urgent_requests_go_first(host: Runner) -> None:
-    engine = engine_on(host, prompt_rows=16)
+    engine = engine_on(host, prompt_rows=(16, 16))
     engine.submit([1, 2, 3], Sampling(max_tokens=90))
     engine.step()  # from now on 16 rows of prompts a step
     answers = [

@@ -34,7 +34,7 @@ from openlpu.graph.step import PAGE, Batch
 
 F32 = NDArray[np.float32]
 
-_PROMPT_ROWS = 128  # of a step beside decoding: about 0.1 s for a small model on two cores
+_PROMPT_ROWS = (32, 128)  # 15 to 60 ms of a small model on two cores
 _DRAFTED_ROWS = 8
 
 
@@ -50,11 +50,11 @@ class Engine:
         clock: Clock = wall_clock,
         most_pages: int | None = None,
         share_prefixes: bool = True,
-        prompt_rows: int = _PROMPT_ROWS,
+        prompt_rows: tuple[int, int] = _PROMPT_ROWS,
     ) -> None:
         """context: most positions of one sequence. vocab_size: token ids are below it. most_pages:
         of the K/V pool. share_prefixes: whether K/V of equal beginnings are computed once.
-        prompt_rows: most rows of prompts in a step beside sequences that decode."""
+        prompt_rows: least and most rows of prompts in a step for which others wait."""
         self.runner = runner
         self.context = context
         self.clock = clock
@@ -236,7 +236,7 @@ class Engine:
         self._readers_turn = not self._readers_turn
         if not self._readers_turn:
             return plan(others, self._limits)
-        rows = min(self._limits.rows, self._limits.prompt_rows)
+        rows = min(self._limits.rows, self._limits.prompt_rows[1])
         return plan(readers, replace(self._limits, rows=rows))
 
     def _by_urgency(self) -> list[Sequence]:

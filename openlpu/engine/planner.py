@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from openlpu.engine.sequence import Sequence
 from openlpu.graph.step import PAGE
 
+_STEPS_OF_THOSE_WAITING = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """rows: of a step. rows_of_a_sequence: of them. prompt_rows: of prompts, beside sequences that
-    decode and wait for each step. drafted_rows: up to so many rows of a step may be proposals and
-    the tokens they follow; a step of few rows takes hardly longer than one of one row."""
+    """rows: of a step. rows_of_a_sequence: of them. prompt_rows: of prompts (least, most), where
+    others wait for the step. drafted_rows: up to so many rows of a step may be proposals and the
+    tokens they follow; a step of few rows takes hardly longer than one of one row."""
 
     rows: int
     rows_of_a_sequence: int
-    prompt_rows: int
+    prompt_rows: tuple[int, int]
     drafted_rows: int
 
 
@@ -43,9 +45,7 @@ def plan(sequences: Items[Sequence], limits: Limits) -> list[Share]:
     shares = [Share(s, 1) for s in decoding]
     if not prompts:
         shares = _drafted(shares, limits)
-    room = limits.rows - len(shares)
-    if decoding:
-        room = min(room, limits.prompt_rows)
+    room = min(limits.rows - len(shares), _prompt_rows(prompts, limits, waited_for=bool(decoding)))
     given = dict.fromkeys(range(len(prompts)), 0)
     for most in (PAGE, limits.rows_of_a_sequence):
         for i, sequence in enumerate(prompts):
@@ -54,6 +54,18 @@ def plan(sequences: Items[Sequence], limits: Limits) -> list[Share]:
             given[i] += rows
             room -= rows
     return shares + [Share(prompts[i], rows) for i, rows in given.items() if rows]
+
+
+def _prompt_rows(prompts: Items[Sequence], limits: Limits, *, waited_for: bool) -> int:
+    """Most rows of prompts in the step. The fewer, the sooner the first of them have their first
+    tokens, and those that decode their next; the more, the less a row costs. So the fewest that
+    are not dear, but more when many wait, for then it is the queue that takes the time."""
+    least, most = limits.prompt_rows
+    if len(prompts) == 1 and not waited_for:
+        return limits.rows
+    waiting = sum(min(s.pending, limits.rows_of_a_sequence) for s in prompts)
+    wanted = max(least, waiting // _STEPS_OF_THOSE_WAITING)
+    return min(wanted, most) if waited_for else wanted
 
 
 def _drafted(shares: list[Share], limits: Limits) -> list[Share]:
