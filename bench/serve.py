@@ -40,8 +40,7 @@ LOADS = (
     Load("short, 32 clients", (16, 16), 8, 32, 160),
     Load("mixed, 8 clients", (128, 512), 64, 8, 24),
 )
-GOALS = {"short, 1 client": 1.0, "short, 8 clients": 2.0, "short, 32 clients": 2.0}
-GOALS["mixed, 8 clients"] = 2.0
+GOALS = dict(zip((one.name for one in LOADS), (1.0, 2.0, 2.0, 2.0), strict=True))
 STEADY = (
     Load("steady, 1 client", (16, 16), 128, 1, 1),
     Load("steady, 8 clients", (16, 16), 64, 8, 8),
@@ -112,28 +111,31 @@ def compare(
             def add(key: str, value: float) -> None:
                 values.setdefault(key, []).append(value)
 
-            def put(one: Load, server: Server) -> Traffic:
+            def put(one: Load, server: Server, work: list[list[int]]) -> Traffic:
                 strangers.append(busy_cores(SETTLE_S))
-                return asyncio.run(send(one, server.url, server.model, prompts.of(one), end))
+                return asyncio.run(send(one, server.url, server.model, work, end))
 
             note("warming up")
             for one in (*LOADS, *STEADY):
                 for server in servers:
-                    put(one, server)
+                    put(one, server, prompts.of(one))
             for index in range(rounds):
                 note(f"round {index + 1} of {rounds}")
+                turns = servers[:: 1 if index % 2 == 0 else -1]
                 for one in LOADS:
-                    for server in servers[:: 1 if index % 2 == 0 else -1]:
-                        traffic = put(one, server)
+                    work = prompts.of(one)
+                    for server in turns:
+                        traffic = put(one, server, work)
                         key = f"{one.name}, {server.name}"
                         add(f"{key}, requests/s", traffic.requests_per_s)
                         add(f"{key}, first p50 s", traffic.first_s(0.5))
                         add(f"{key}, first p99 s", traffic.first_s(0.99))
                         add(f"{key}, between s", traffic.between_s)
                 for one in STEADY:
-                    add(f"{one.name}, engine, between s", alone(model, one, prompts.of(one), end))
+                    work = prompts.of(one)
+                    add(f"{one.name}, engine, between s", alone(model, one, work, end))
                     before = loop_cpu_s(ours)
-                    traffic = put(one, ours)
+                    traffic = put(one, ours, work)
                     spent = loop_cpu_s(ours) - before
                     add(f"{one.name}, openlpu, between s", traffic.between_s)
                     add(f"{one.name}, loop s a token", spent / one.answer_tokens / one.requests)

@@ -226,6 +226,12 @@ class Pool:
         self.pages = pages
 
 
+def found(table: PageTable, tokens: list[int]) -> list[int]:
+    pages: list[int] = []
+    table.find(pages, tokens)
+    return pages
+
+
 def test_kept_pages_go_when_there_is_no_other_room() -> None:
     table = PageTable(Pool(4), limit=4)
     tokens = list(range(3 * PAGE))
@@ -235,14 +241,14 @@ def test_kept_pages_go_when_there_is_no_other_room() -> None:
     pages = list(first)
     table.release(first)
     assert (table.held, table.kept, table.free) == (0, 3, 4)
-    assert table.find([*tokens[: 2 * PAGE], *[7] * PAGE]) == pages[:2]
+    assert found(table, [*tokens[: 2 * PAGE], *[7] * PAGE]) == pages[:2]
     other: list[int] = []
     table.extend(other, 2 * PAGE)  # the free page, and the last one of the three
     with pytest.raises(DoesNotFit):
         table.extend(other, 3 * PAGE)
     held = pages[:2]
     table.release(held)
-    assert table.find(tokens) == pages[:2]
+    assert found(table, tokens) == pages[:2]
 
 
 @settings(max_examples=60)
@@ -264,7 +270,7 @@ def test_pages_are_never_lent_twice(seed: int) -> None:
                 table.release(pages)
             continue
         tokens = [t for _ in range(rng.randint(1, 4)) for t in [rng.randrange(2)] * PAGE]
-        pages = table.find(tokens)
+        pages = found(table, tokens)
         for place, page in enumerate(pages):
             assert content[page] == tuple(tokens[: (place + 1) * PAGE])
         known = len(pages) * PAGE
@@ -308,6 +314,32 @@ def test_a_second_turn_does_not_write_a_shared_page(host: Runner) -> None:
     expected = again.submit(branched, Sampling(max_tokens=4))
     finish(again)
     assert answer.generated == expected.generated
+
+
+def test_an_equal_beginning_is_computed_once_though_all_come_together(host: Runner) -> None:
+    """Four of the prompts are equal, one branches after two pages; the first one is cancelled."""
+    prompt = random_tokens(4 * PAGE + 10, VOCABULARY)
+    branched = prompt[: 2 * PAGE + 5] + random_tokens(PAGE, VOCABULARY, seed=1)
+    prompts = [prompt, prompt, branched, prompt, prompt]
+
+    def answers_of(**options: object) -> tuple[list[Answer], int]:
+        engine = engine_on(host, prompt_rows=(40, 40), **options)
+        answers = [engine.submit(p, Sampling(max_tokens=3), Request(logprobs=2)) for p in prompts]
+        for _ in range(3):
+            engine.step()
+        answers[0].cancel()
+        finish(engine)
+        return answers, engine.pages.held
+
+    shared, held = answers_of()
+    alone, _ = answers_of(share_prefixes=False)
+    assert held == 0
+    for mine, other in zip(shared[1:], alone[1:], strict=True):
+        assert (mine.generated, mine.logprobs) == (other.generated, other.logprobs)
+    assert [a.reused for a in alone] == [0] * 5
+    assert [a.reused >= PAGE for a in shared] == [False, True, True, True, True]
+    assert [a.reused for a in shared[3:]] == [4 * PAGE] * 2
+    assert shared[2].reused == 2 * PAGE
 
 
 # -- proposals ----------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ class Engine:
             if sequence.slot >= 0 or self._take_slot(sequence):
                 self._begin(sequence)
                 running.append(sequence)
+        running = self._leading(running)
         readers = [s for s in running if s.reads]
         others = [s for s in running if not s.reads]
         if not (readers and others):
@@ -256,16 +257,34 @@ class Engine:
         return True
 
     def _begin(self, sequence: Sequence) -> None:
-        """Hold the pages that are known for the beginning of its tokens."""
+        """Hold the pages that are known for what comes next of its tokens."""
         answer = sequence.answer
         assert answer is not None
-        if not sequence.pages and not sequence.reads:  # a reader wants the states of all tokens
-            sequence.pages = self.pages.find(sequence.tokens[:-1])
-            sequence.cached = PAGE * len(sequence.pages)
-            if answer.first_step_s is None:
-                answer.reused = sequence.cached
+        at_end_of_page = sequence.cached == PAGE * len(sequence.pages)
+        # A reader wants the states of all tokens.
+        if at_end_of_page and sequence.pending > PAGE and not sequence.reads:
+            self.pages.find(sequence.pages, sequence.tokens[:-1])
+            found = PAGE * len(sequence.pages) - sequence.cached
+            sequence.cached += found
+            if not answer.preempted:  # then they are its own
+                answer.reused += found
         if answer.first_step_s is None:
             answer.first_step_s = self.clock()
+
+    def _leading(self, running: list[Sequence]) -> list[Sequence]:
+        """All but those whose next page another one computes already: they will find it."""
+        computed: set[object] = set()
+        found = []
+        for sequence in running:
+            if sequence.pending > 1 and not sequence.reads:
+                whole = sequence.pages[: sequence.cached // PAGE]
+                prefix = self.pages.next_prefix(whole, sequence.tokens)
+                if prefix in computed and sequence.pending > PAGE and not sequence.cached % PAGE:
+                    continue
+                if prefix is not None:
+                    computed.add(prefix)
+            found.append(sequence)
+        return found
 
     def _reserved(self, shares: list[Share]) -> list[Share]:
         """The shares whose K/V have room, others giving up theirs if need be."""

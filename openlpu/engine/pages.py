@@ -46,7 +46,7 @@ class PageTable:
         self._free = list(range(have - 1, -1, -1))
         self._holders: dict[int, int] = {}
         self._kept: OrderedDict[int, None] = OrderedDict()  # full, held by nobody; oldest first
-        self._pages: dict[_Prefix, int] = {}
+        self._pages: dict[_Prefix | None, int] = {}
         self._prefixes: dict[int, _Prefix] = {}  # page -> its entry in _pages
         self._numbers: dict[int, int] = {}  # page -> number of the prefix that ends with it
         self._next_number = _ROOT + 1
@@ -121,32 +121,32 @@ class PageTable:
 
     # -- prefixes -------------------------------------------------------------------------------
 
-    def find(self, tokens: Items[int]) -> list[int]:
-        """Hold and return the pages that are known for the beginning of `tokens`, in order."""
-        found: list[int] = []
-        number = _ROOT
-        for start in range(0, len(tokens) - PAGE + 1, PAGE):
-            page = self._pages.get((number, tuple(tokens[start : start + PAGE])))
-            if page is None:
-                break
+    def find(self, held: list[int], tokens: Items[int]) -> None:
+        """Hold the known pages that go on from `held` for `tokens`, in order."""
+        while (prefix := self.next_prefix(held, tokens)) in self._pages:
+            page = self._pages[prefix]
             self._holders[page] = self._holders.get(page, 0) + 1
             self._kept.pop(page, None)
-            number = self._numbers[page]
-            found.append(page)
-        return found
+            held.append(page)
+
+    def next_prefix(self, held: Items[int], tokens: Items[int]) -> _Prefix | None:
+        """What the next full page after `held` would be found by, or None if there is none that
+        could be shared."""
+        start = PAGE * len(held)
+        number = self._numbers.get(held[-1]) if held else _ROOT
+        if not self._share or number is None or start + PAGE > len(tokens):
+            return None
+        return number, tuple(tokens[start : start + PAGE])
 
     def offer(self, held: Items[int], tokens: Items[int], start: int, stop: int) -> None:
         """The K/V of tokens[start:stop] have been computed in `held`: full pages may be shared."""
-        if not self._share:
-            return
         for place in range(start // PAGE, stop // PAGE):
             page = held[place]
             if page in self._prefixes:
                 continue
-            number = self._numbers.get(held[place - 1]) if place else _ROOT
-            if number is None:  # the page before serves this sequence alone
+            prefix = self.next_prefix(held[:place], tokens)
+            if prefix is None:  # the page before serves this sequence alone
                 return
-            prefix = number, tuple(tokens[place * PAGE : (place + 1) * PAGE])
             if prefix in self._pages:  # another page of the same content came first
                 return
             self._pages[prefix] = page
