@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import house
@@ -89,7 +92,38 @@ def in_folder(
     return found
 
 
-@pytest.mark.parametrize("command", lpu_commands(README))
+@contextmanager
+def served(command: str, folder: Path) -> Iterator[str]:
+    """The address of `lpu serve`, on any free port; it ends gently."""
+    _, *words = shlex.split(command)
+    words += ["--port", "0", "--data", str(folder), "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from openlpu.cli import main; main()", *words],
+        cwd=house.REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            yield json.loads(process.stdout.readline())["url"]
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("command", [c for c in lpu_commands(README) if c.split()[1] == "serve"])
+@pytest.mark.parametrize("code", blocks(README, "py"))
+def test_a_client_is_served(command: str, code: str, smollm2_path: Path, tmp_path: Path) -> None:
+    assert smollm2_path.is_file()
+    with served(command, tmp_path) as url:
+        assert "http://127.0.0.1:8000" in code
+        done = run_python("-c", code.replace("http://127.0.0.1:8000", url))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("command", [c for c in lpu_commands(README) if c.split()[1] != "serve"])
 def test_command_runs(
     command: str, smollm2_path: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
