@@ -23,9 +23,8 @@ from openlpu.numerics import GROUP
 from openlpu.store import Store
 
 _ROWS_AND_REPEATS = ((1, 50), (512, 5))
-# Bits of a weight as the host engine packs it: blocks are unpacked to 8 bits, and their scales (and
-# minima) of 32 weights to float32, so w4 saves no memory yet.
-_BITS = {"f32": 32, "w8": 8, "q8_0": 9, "q4_0": 9, "q4_1": 10}
+# Bits of a weight as the host engine packs it: with the 16-bit scales (and minima) of 32 weights.
+_BITS = {"f32": 32, "w8": 8, "q8_0": 8.5, "q4_0": 4.5, "q4_1": 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def _param_bytes(params: Iterable[Param]) -> int:
         count = 1
         for size in param.shape:
             count *= size
-        total += count * _BITS[param.format] // 8
+        total += int(count * _BITS[param.format] / 8)
         total += 4 * param.shape[0] if param.format == "w8" else 0
     return total
 

@@ -33,7 +33,7 @@ def build_ir(specs: Sequence[Spec], target: Target) -> str:
     """IR text of every kernel and of the functions that walk the task table."""
     from llvmlite import ir
 
-    from openlpu.host import attention, gemm, rows, walk
+    from openlpu.host import attention, gemm, grouped, rows, walk
     from openlpu.host.emit import Kit
 
     module = ir.Module(name="lpu_host")
@@ -43,8 +43,10 @@ def build_ir(specs: Sequence[Spec], target: Target) -> str:
     for spec in specs:
         name = symbol(spec)
         match spec:
-            case Linear():
+            case Linear(format="w8"):
                 gemm.linear(kit, name, spec)
+            case Linear():
+                grouped.linear(kit, name, spec)
             case Install():
                 attention.install(kit, name, spec)
             case Attend():
@@ -66,7 +68,7 @@ def build_ir(specs: Sequence[Spec], target: Target) -> str:
             case Rows():
                 rows.gather_rows(kit, name, spec.width)
             case Embed():
-                rows.embed(kit, name, spec.width, group=spec.group, minimum=spec.minimum)
+                rows.embed(kit, name, spec.width, block_format=spec.format)
     return str(module)
 
 

@@ -171,6 +171,28 @@ class Kit:
         function = self.external("llvm.prefetch.p0", ir.VoidType(), [PTR, I32, I32, I32])
         self.b.call(function, hint)
 
+    def halves(self, pointer: Value) -> Value:
+        """16 finite float16 values as float32, exactly."""
+        kind = ir.VectorType(I16, LANES)
+        bits = self.load(pointer, kind)
+        if self.target.name == "avx512":  # one instruction
+            return self.b.fpext(self.bits(bits, ir.VectorType(ir.HalfType(), LANES)), VF)
+        return self.widened(self.b.zext(bits, VI))
+
+    def widened(self, bits: Value) -> Value:
+        """Finite float16 values, given by their bits in i32, as float32: exponent and fraction in
+        float32's places are the value times 2**-112, subnormal ones too."""
+        b, kind = self.b, bits.type
+        wide = VF if kind == VI else F32
+
+        def constant(value: int) -> Value:
+            return self.vi(value) if kind == VI else self.i32(value)
+
+        size = self.bits(b.shl(b.and_(bits, constant(0x7FFF)), constant(13)), wide)
+        power = self.vf(2.0**112) if kind == VI else self.f32(2.0**112)
+        sign = b.shl(b.and_(bits, constant(0x8000)), constant(16))
+        return self.bits(b.or_(self.bits(b.fmul(size, power), kind), sign), wide)
+
     # -- 16 lanes -----------------------------------------------------------------------------
 
     def splat(self, scalar: Value) -> Value:

@@ -18,7 +18,6 @@ from openlpu.host.emit import BLOCK, F32, I8, I32, I64, LANES, PTR, VF, VI, Kit,
 from openlpu.host.kernels import Linear
 from openlpu.host.layout import TASK_ARGS, padded, quantized_bytes
 from openlpu.host.rows import own_copy, row_count, split
-from openlpu.numerics import GROUP
 
 LINE_BYTES = 64
 # From so many rows on, the next panel is fetched while this one is used: the sums of a line then
@@ -83,11 +82,15 @@ def microkernel(kit: Kit, mr: int, nr: int) -> Value:
 def micro_any(kit: Kit, nr: int, most: int) -> Value:
     """Dispatch on the number of rows: a function (m, x, ldx, w, K/4, tile) for m in 1..most."""
     name = f"micro_upto{most}x{nr}"
+    return dispatch(kit, name, [microkernel(kit, m, nr) for m in range(1, most + 1)])
+
+
+def dispatch(kit: Kit, name: str, kernels: list[Value]) -> Value:
+    """A function (m, *args) that calls the m-th kernel, counted from 1."""
     found = kit.defined(name)
     if found is not None:
         return found
-    kernels = [microkernel(kit, m, nr) for m in range(1, most + 1)]
-    kind = ir.FunctionType(ir.VoidType(), [I64, *MICRO.args])
+    kind = ir.FunctionType(ir.VoidType(), [I64, *kernels[0].function_type.args])
     with kit.function(name, kind, internal=True) as (m, *args):
         b = kit.b
         done = b.append_basic_block("done")
@@ -102,7 +105,7 @@ def micro_any(kit: Kit, nr: int, most: int) -> Value:
     return kit.module.globals[name]
 
 
-def _finish(
+def finish(
     kit: Kit, op: Linear, ys: list[Value], block: Value, row: Value, task: Value, nr: int
 ) -> None:
     """Bias, residual or swiglu, and the store, for nr neighbouring blocks of one row."""
@@ -126,7 +129,7 @@ def _finish(
         kit.store(y, kit.item(out, n * LANES, F32))
 
 
-def _panels(
+def panels(
     kit: Kit,
     nr: int,
     most: int,
@@ -150,9 +153,6 @@ def _panels(
 
 def linear(kit: Kit, name: str, op: Linear) -> None:
     """args: out, x (quantized), weights, scales, bias, residual."""
-    if op.group:
-        _grouped(kit, name, op)
-        return
     shape = SHAPES[kit.target.name]
     # Gate and up stand in neighbouring blocks, so a swiglu panel has two.
     nr = max(shape.width, 2 if op.epilogue == "swiglu" else 1)
@@ -198,7 +198,7 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
                     for n in range(nr)
                 ]
 
-                def finish(m: Value) -> None:
+                def done(m: Value) -> None:
                     offset = b.add(b.mul(m, kit.i64(row_bytes)), kit.i64(op.k))
                     scale = kit.splat(kit.load(kit.at(xs, offset), F32))
                     ys = [
@@ -208,12 +208,12 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
                         )
                         for n in range(nr)
                     ]
-                    _finish(kit, op, ys, block, b.add(first, m), task, nr)
+                    finish(kit, op, ys, block, b.add(first, m), task, nr)
 
-                kit.each(kit.i64(0), count, finish)
+                kit.each(kit.i64(0), count, done)
 
             bounds = split(kit, kit.i64(op.blocks // nr), thread, threads)
-            _panels(kit, nr, most, bounds, rows, body)
+            panels(kit, nr, most, bounds, rows, body)
 
         few = b.icmp_signed("<=", rows, kit.i64(shape.few_rows))
         with b.if_else(few) as (then, otherwise):
@@ -221,86 +221,3 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
                 emit(True)
             with otherwise:
                 emit(False)
-
-
-GROUPED_ROWS, GROUPED_PANEL = 4, 2
-
-
-def _grouped(kit: Kit, name: str, op: Linear) -> None:
-    """Grouped weights: exact int32 inside a group, float32 across groups in order of k.
-
-    args: out, x, weights, scales [N/16][K/32][16], bias, residual, minima (laid out as scales).
-    """
-    groups = op.k // GROUP
-    row_bytes = quantized_bytes(op.k, GROUP)
-    lines = GROUP // 4
-    unroll = lines if kit.target.name == "avx512" else 1
-    with kit.function(name) as (context, task, thread, threads):
-        b = kit.b
-        rows = row_count(kit, context, task)
-        x = own_copy(kit, kit.pointer(task, TASK_ARGS + 1), rows, thread, row_bytes)
-        w, scales = kit.pointer(task, TASK_ARGS + 2), kit.pointer(task, TASK_ARGS + 3)
-        minima = kit.pointer(task, TASK_ARGS + 6)
-
-        def tile(block: Value, first: Value, mr: int) -> None:
-            nr = GROUPED_PANEL
-            at_row = [
-                kit.at(x, b.mul(b.add(first, kit.i64(m)), kit.i64(row_bytes))) for m in range(mr)
-            ]
-            stream = [
-                kit.at(w, b.mul(b.add(block, kit.i64(n)), kit.i64(op.k * LANES))) for n in range(nr)
-            ]
-
-            def body(g: Value, ys: list[Value]) -> list[Value]:
-                scale, total = [], []
-                for m in range(mr):
-                    at = b.add(kit.i64(op.k), b.mul(g, kit.i64(4)))
-                    scale.append(kit.splat(kit.load(kit.at(at_row[m], at), F32)))
-                    at = b.add(at, kit.i64(4 * groups))
-                    total.append(kit.load(kit.at(at_row[m], at), I32))
-                start = [b.mul(t, kit.i32(-128)) if kit.biased else kit.i32(0) for t in total]
-                first_acc = [kit.splat(start[m]) for m in range(mr) for _ in range(nr)]
-
-                def line(k: Value, acc: list[Value]) -> list[Value]:
-                    for u in range(unroll):
-                        at = b.add(k, kit.i64(u))
-                        here = b.add(b.mul(g, kit.i64(lines)), at)
-                        blocks = [
-                            kit.load(kit.at(s, b.mul(here, kit.i64(LINE_BYTES))), BLOCK)
-                            for s in stream
-                        ]
-                        for m in range(mr):
-                            x4 = kit.load(kit.item(at_row[m], here, I32), I32)
-                            for n in range(nr):
-                                i = m * nr + n
-                                acc[i] = kit.dot4(acc[i], blocks[n], x4)
-                    return acc
-
-                acc = kit.loop(kit.i64(0), kit.i64(lines), unroll, first_acc, line)
-                for n in range(nr):
-                    at = b.add(b.mul(b.add(block, kit.i64(n)), kit.i64(groups)), g)
-                    at = b.mul(at, kit.i64(LANES))
-                    ws = kit.load(kit.item(scales, at, F32), VF)
-                    wm = kit.load(kit.item(minima, at, F32), VF) if op.minimum else None
-                    for m in range(mr):
-                        i = m * nr + n
-                        dot = b.sitofp(acc[i], VF)
-                        ys[i] = b.fadd(ys[i], b.fmul(dot, b.fmul(scale[m], ws)))
-                        if wm is not None:
-                            whole = kit.splat(b.sitofp(total[m], F32))
-                            ys[i] = b.fadd(ys[i], b.fmul(whole, b.fmul(scale[m], wm)))
-                return ys
-
-            ys = kit.loop(kit.i64(0), kit.i64(groups), 1, [kit.vf(0.0)] * (mr * nr), body)
-            for m in range(mr):
-                row = b.add(first, kit.i64(m))
-                _finish(kit, op, ys[m * nr : (m + 1) * nr], block, row, task, nr)
-
-        def panel(p: Value) -> None:
-            block = b.mul(p, kit.i64(GROUPED_PANEL))
-            full = b.sub(rows, b.srem(rows, kit.i64(GROUPED_ROWS)))
-            kit.each(kit.i64(0), full, lambda r: tile(block, r, GROUPED_ROWS), step=GROUPED_ROWS)
-            kit.each(full, rows, lambda r: tile(block, r, 1))
-
-        bounds = split(kit, kit.i64(op.blocks // GROUPED_PANEL), thread, threads)
-        kit.each(*bounds, panel)

@@ -14,8 +14,7 @@ class Linear:
     out_width: int
     epilogue: str  # none, add, swiglu
     bias: bool
-    group: int = 0
-    minimum: bool = False
+    format: str  # w8, or of the blocks: q8_0, q4_0, q4_1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +119,7 @@ class Embed:
     """Args: out, table, scales, minima."""
 
     width: int
-    group: int
-    minimum: bool
+    format: str
 
 
 Spec = (

@@ -1,7 +1,11 @@
 """In: nothing. Out: the memory layouts that generated code and Python agree on.
 
-Weights (w8 and blocked formats): bytes [N/16][K/4][16][4] of value + 128, N padded to N_PAD with
+Weights of w8 and q8_0: bytes [N/16][K/4][16][4] of value + 128, N padded to N_PAD with
 zero weights, so that one 64-byte line feeds one dot4 and a panel of outputs is one stream.
+Weights of q4_0 and q4_1: [N/16][K/32][4][16][4] bytes of two values + BIAS; the high one
+is of k + 16. Their scales and minima, and those of q8_0: halves [N/16][K/32][16].
+Tables: rows of int8, or of groups of 16 bytes of two values, of k and k + 16; scales by row
+(float32), or scales and minima by row and group (halves).
 Matrices of values: row-major float32, leading dimension padded to N_PAD.
 Quantized values: int8 [rows][K], then per row (or group): scale float32, correction int32, which
 is -128 * sum(q) where the target's dot4 is biased, else 0. While a step has at most FEW_ROWS rows
@@ -13,9 +17,12 @@ then PAGE float32 scales of K and of V.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
 
+from openlpu.errors import GraphError
 from openlpu.graph.step import PAGE
+from openlpu.numerics import GROUP
 
 N_PAD = 64  # outputs; four 16-lane blocks
 FEW_ROWS = 2  # rows up to which each thread quantizes for itself, which is cheaper than a barrier
@@ -61,6 +68,25 @@ class Barrier(IntEnum):
 TASK_WORDS = 24
 TASK_KERNEL, TASK_BARRIER, TASK_WANTED = 0, 1, 2  # TASK_WANTED: 1 when rows means L
 TASK_ARGS = 3
+
+
+BIAS = {"q4_0": 8, "q4_1": 0}  # what makes a nibble of a value
+
+
+def packed_format(name: str, formats: Iterable[str]) -> str:
+    """How the weights of an op are packed; those of several formats, as the bytes that all are.
+    Raises GraphError if only some have minima."""
+    found = set(formats)
+    if len(found) == 1:
+        return found.pop()
+    if "q4_1" in found:
+        raise GraphError(f"%{name} mixes formats with and without minima")
+    return "q8_0"
+
+
+def group_bytes(block_format: str) -> int:
+    """Bytes of 16 outputs' weights in a group."""
+    return 16 * GROUP // (1 if block_format == "q8_0" else 2)
 
 
 def padded(n: int) -> int:

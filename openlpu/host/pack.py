@@ -35,11 +35,12 @@ from openlpu.graph import (
 )
 from openlpu.graph.identity import IdentityHasher
 from openlpu.graph.ops import weights_and_biases
-from openlpu.host.layout import padded
+from openlpu.host.layout import BIAS, packed_format, padded
 from openlpu.knobs import timed
+from openlpu.numerics import GROUP
 from openlpu.store import Store, explained
 
-MAGIC = b"OPENLPU-PACK-2\n\0"
+MAGIC = b"OPENLPU-PACK-3\n\0"
 ALIGN = 64
 HUGE_PAGE_BYTES = 2 << 20
 READERS = 2  # threads that read the file in
@@ -77,6 +78,29 @@ def blocks16(q: NDArray[np.int8]) -> U8:
     n, k = q.shape
     lines = q.view(np.uint8).reshape(n // 16, 16, k // 4, 4).transpose(0, 2, 1, 3)
     return (np.ascontiguousarray(lines) ^ np.uint8(0x80)).reshape(-1)
+
+
+def nibbles(q: NDArray[np.int8], block_format: str) -> U8:
+    """int8 [N, K] -> [N, K/32, 16] bytes of two values + BIAS: of k, and of k + 16 in its group."""
+    n, k = q.shape
+    values = (q + np.int8(BIAS[block_format])).view(np.uint8)
+    groups = values.reshape(n, k // GROUP, 2, GROUP // 2)
+    packed: U8 = groups[:, :, 0] | groups[:, :, 1] << np.uint8(4)
+    return packed
+
+
+def blocks16_of_nibbles(q: NDArray[np.int8], block_format: str) -> U8:
+    """int8 [N, K] -> bytes [N/16][K/32][4][16][4] of two values each, flat; see `nibbles`."""
+    n, k = q.shape
+    lines = nibbles(q, block_format).reshape(n // 16, 16, k // GROUP, 4, 4)
+    return np.ascontiguousarray(lines.transpose(0, 2, 3, 1, 4)).reshape(-1)
+
+
+def halves(values: F32) -> NDArray[np.float16]:
+    """The same values in 16 bits, which scales of blocks have; see GroupedTensor."""
+    found = values.astype(np.float16)
+    assert np.array_equal(found, values), "a block's scale is no half"
+    return found
 
 
 class _Writer:
@@ -162,17 +186,22 @@ def _linear(op: Op, out: _Writer) -> Piece:
             yield block.q
         yield np.zeros((total - sum(p.shape[0] for p in params), params[0].shape[1]), np.int8)
 
+    block_format = packed_format(op.out, (p.format for p in params))
+
     def lines() -> Iterator[U8]:
         left = np.zeros((0, params[0].shape[1]), np.int8)
         for q in rows():
             left = np.concatenate([left, q])
             whole = left.shape[0] // 16 * 16
-            yield blocks16(left[:whole])
+            full = left[:whole]
+            in_nibbles = block_format in BIAS
+            yield blocks16_of_nibbles(full, block_format) if in_nibbles else blocks16(full)
             left = left[whole:]
 
     weights = out.part(lines())
-    scale_at = out.part([_lanes(scales, total)])
-    minimum_at = out.part([_lanes(minima, total)]) if minima else 0
+    narrow = _same if block_format == "w8" else halves
+    scale_at = out.part([narrow(_lanes(scales, total))])
+    minimum_at = out.part([narrow(_lanes(minima, total))]) if minima else 0
     biases = [out.vector(op.params[i])[:, None] for i in bias_at]
     if biases and swiglu:
         biases = [_in_turns(biases)]
@@ -189,19 +218,26 @@ def _lanes(parts: Sequence[F32], rows: int) -> F32:
 
 
 def _table(op: Op, out: _Writer) -> Piece:
-    """Embedding table: int8 [V][D] as it is, then scales and minima by row (and group)."""
+    """Embedding table by rows, then scales and minima by row (and group)."""
+    block_format = op.params[0].format
     scales: list[F32] = []
     minima: list[F32] = []
 
-    def rows() -> Iterator[NDArray[np.int8]]:
+    def rows() -> Iterator[NDArray[Any]]:
         for block in out.matrix(op.params[0]):
             scales.append(block.scale)
             if block.minimum is not None:
                 minima.append(block.minimum)
-            yield block.q
+            yield nibbles(block.q, block_format) if block_format in BIAS else block.q
 
     weights = out.part(rows())
-    return Piece(weights, out.part(scales), out.part(minima) if minima else 0, 0)
+    narrow = _same if block_format == "w8" else halves
+    minimum_at = out.part(map(narrow, minima)) if minima else 0
+    return Piece(weights, out.part(map(narrow, scales)), minimum_at, 0)
+
+
+def _same(values: F32) -> F32:
+    return values
 
 
 def _gains(op: Op, out: _Writer) -> Piece:

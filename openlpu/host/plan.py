@@ -26,7 +26,15 @@ from openlpu.host.kernels import (
     Slice,
     Spec,
 )
-from openlpu.host.layout import FEW_ROWS, MAX_ROWS, Barrier, head_bytes, padded, quantized_bytes
+from openlpu.host.layout import (
+    FEW_ROWS,
+    MAX_ROWS,
+    Barrier,
+    head_bytes,
+    packed_format,
+    padded,
+    quantized_bytes,
+)
 from openlpu.numerics import CHUNK, GROUP
 from openlpu.numerics.attention import softmax_factor
 
@@ -127,8 +135,7 @@ def _tasks_of(op: Op, known: dict[str, Value]) -> list[Task]:
             block_format = op.params[0].format
             if block_format == "f32":
                 raise _float(op)
-            group = GROUP if block_format != "w8" else 0
-            spec: Spec = Embed(out.width, group, block_format == "q4_1")
+            spec: Spec = Embed(out.width, block_format)
             return [task(spec, *(Arg(part, op.out) for part in ("weights", "scales", "minima")))]
         case "rmsnorm":
             if op.integer("bits", 16) != 16:
@@ -170,10 +177,6 @@ def _linear(op: Op, source: Value, out: Value, task: object) -> Task:
     weight_at, bias_at = weights_and_biases(op)
     weights = [op.params[i] for i in weight_at]
     blocks = padded(sum(w.shape[0] for w in weights)) // 16
-    formats = {w.format for w in weights}
-    minimum = formats == {"q4_1"}
-    if not minimum and "q4_1" in formats:
-        raise GraphError(f"linear %{op.out} mixes formats with and without minima")
     epilogue = op.text("epilogue", "none")
     spec = Linear(
         source.width,
@@ -181,8 +184,7 @@ def _linear(op: Op, source: Value, out: Value, task: object) -> Task:
         out.width,
         epilogue,
         bool(bias_at),
-        GROUP if source.kind == "g8" else 0,
-        minimum,
+        packed_format(op.out, (w.format for w in weights)),
     )
     residual = _value(op.src[1]) if epilogue == "add" else _number(0)
     parts = [Arg(part, op.out) for part in ("weights", "scales", "biases")]

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from openlpu.host.emit import F32, I32, LANES, VB, VF, VI, Kit, Value
+from openlpu.host.emit import F32, I16, I32, LANES, VB, VF, VI, Kit, Value
 from openlpu.host.layout import (
+    BIAS,
     FEW_ROWS,
     TASK_ARGS,
     TASK_WANTED,
@@ -19,6 +20,7 @@ from openlpu.host.layout import (
     padded,
     quantized_bytes,
 )
+from openlpu.numerics import GROUP
 from openlpu.numerics.functions import NORM_LEVELS
 from openlpu.numerics.quant import R127, TINY
 
@@ -312,26 +314,44 @@ def gather_rows(kit: Kit, name: str, width: int) -> None:
         my_rows(kit, args, body)
 
 
-def embed(kit: Kit, name: str, width: int, *, group: int, minimum: bool) -> None:
-    """Dequantized table rows. args: out, table int8 [V, D], scales, minima."""
+def embed(kit: Kit, name: str, width: int, *, block_format: str) -> None:
+    """Dequantized table rows. args: out, table [V][...], scales, minima."""
     with kit.function(name) as args:
         out, table, scales, minima = (kit.pointer(args[1], TASK_ARGS + i) for i in range(4))
         tokens = kit.pointer(args[0], Context.TOKENS)
-        count = width // group if group else 1
+        groups = width // GROUP
+        nibbles = block_format in BIAS
         b = kit.b
+
+        def half(pointer: Value, at: Value) -> Value:
+            bits = b.zext(kit.load(kit.item(pointer, at, I16), I16), I32)
+            return kit.splat(kit.widened(bits))
+
+        def values(source: Value, i: Value) -> Value:
+            if not nibbles:
+                return b.sext(kit.load(kit.at(source, i), VB), VI)
+            line = b.zext(
+                kit.load(kit.at(source, b.mul(b.sdiv(i, kit.i64(GROUP)), kit.i64(16))), VB), VI
+            )
+            is_high = b.icmp_signed("!=", b.srem(i, kit.i64(GROUP)), kit.i64(0))
+            shift = kit.splat(b.select(is_high, kit.i32(4), kit.i32(0)))
+            value = b.and_(b.lshr(line, shift), kit.vi(15))
+            return b.sub(value, kit.vi(BIAS[block_format]))
 
         def body(r: Value) -> None:
             token = b.sext(kit.load(kit.item(tokens, r, I32), I32), ir.IntType(64))
-            source = kit.at(table, b.mul(token, kit.i64(width)))
-            first = b.mul(token, kit.i64(count))
+            source = kit.at(table, b.mul(token, kit.i64(width // 2 if nibbles else width)))
             into = _row(kit, out, r, width)
 
             def block(i: Value) -> None:
-                at = b.add(first, b.sdiv(i, kit.i64(group))) if group else first
-                q = b.sext(kit.load(kit.at(source, i), VB), VI)
-                y = b.fmul(b.sitofp(q, VF), kit.splat(kit.load(kit.item(scales, at, F32), F32)))
-                if minimum:
-                    y = b.fadd(y, kit.splat(kit.load(kit.item(minima, at, F32), F32)))
+                y = b.sitofp(values(source, i), VF)
+                if block_format == "w8":
+                    y = b.fmul(y, kit.splat(kit.load(kit.item(scales, token, F32), F32)))
+                else:
+                    at = b.add(b.mul(token, kit.i64(groups)), b.sdiv(i, kit.i64(GROUP)))
+                    y = b.fmul(y, half(scales, at))
+                    if block_format == "q4_1":
+                        y = b.fadd(y, half(minima, at))
                 kit.store(y, kit.item(into, i, F32))
 
             columns(kit, width, block)

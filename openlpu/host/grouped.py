@@ -1,0 +1,138 @@
+"""In: a Kit. Out: linears over grouped weights, bytes or nibbles, with their scales as halves.
+
+Exact int32 inside a group of 32, float32 across groups in order of k: a row's sums of one block of
+16 outputs stay in registers from the first group to the last. Weights stream once; a line of
+nibbles is taken apart in registers, its low halves being the group's first 16 values of k.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from openlpu.host.emit import BLOCK, F32, I32, I64, LANES, PTR, VF, Kit, Value
+from openlpu.host.gemm import FETCH_ROWS, dispatch, finish, panels
+from openlpu.host.kernels import Linear
+from openlpu.host.layout import BIAS, TASK_ARGS, group_bytes, quantized_bytes
+from openlpu.host.rows import own_copy, row_count, split
+from openlpu.numerics import GROUP
+
+QUADS = GROUP // 4  # lines of a group in bytes; nibbles are half as many
+LINE_BYTES = 64
+ROWS = {"avx512": 12, "avx2": 4, "plain": 2}
+CHAINS_ROWS = 4  # up to so many rows, a row's sum is split in two, which do not wait for each other
+# x, ldx, weights, scales, minima, groups, tile float32 [rows][16]
+MICRO = ir.FunctionType(ir.VoidType(), [PTR, I64, PTR, PTR, PTR, I64, PTR])
+
+
+def _lines(kit: Kit, weights: Value, block_format: str) -> list[Value]:
+    """The group's QUADS blocks for dot4, in order of k."""
+    if block_format == "q8_0":
+        return [kit.load(kit.at(weights, j * LINE_BYTES), BLOCK) for j in range(QUADS)]
+    b = kit.b
+    low, high = [], []
+    for j in range(QUADS // 2):
+        line = kit.load(kit.at(weights, j * LINE_BYTES), BLOCK)
+        words = ir.VectorType(ir.IntType(16), 32)
+        four = ir.Constant(words, [4] * 32)
+        shifted = kit.bits(b.lshr(kit.bits(line, words), four), BLOCK)
+        low.append(b.and_(line, ir.Constant(BLOCK, [15] * 64)))
+        high.append(b.and_(shifted, ir.Constant(BLOCK, [15] * 64)))
+    if kit.biased:
+        return low + high
+    to_byte = ir.Constant(BLOCK, [-128 - BIAS[block_format]] * 64)  # dot4 wants value + 128
+    return [b.add(line, to_byte) for line in low + high]
+
+
+def microkernel(kit: Kit, mr: int, block_format: str) -> Value:
+    """tile[mr][16] = x[mr][K] . one block of weights."""
+    name = f"grouped_{mr}_{block_format}"
+    found = kit.defined(name)
+    if found is not None:
+        return found
+    size = group_bytes(block_format)
+    bias = 128 if block_format == "q8_0" else BIAS[block_format]
+    with kit.function(name, MICRO, internal=True) as (x, ldx, w, scales, minima, groups, tile):
+        b = kit.b
+        rows = [kit.at(x, b.mul(ldx, kit.i64(m))) for m in range(mr)]
+        row_scales = [kit.at(row, b.mul(groups, kit.i64(GROUP))) for row in rows]
+        row_totals = [kit.at(row, b.mul(groups, kit.i64(4))) for row in row_scales]
+        block_bytes = b.mul(groups, kit.i64(size))
+
+        def body(g: Value, ys: list[Value]) -> list[Value]:
+            here = kit.at(w, b.mul(g, kit.i64(size)))
+            for at in range(0, size if mr >= FETCH_ROWS else 0, LINE_BYTES):
+                kit.prefetch(kit.at(here, b.add(block_bytes, kit.i64(at))))
+            lines = _lines(kit, here, block_format)
+            totals = [kit.load(kit.item(t, g, I32), I32) for t in row_totals]
+            sums = []
+            for m in range(mr):
+                start = b.mul(totals[m], kit.i32(-bias)) if kit.biased and bias else kit.i32(0)
+                chains = [kit.splat(start), *([kit.vi(0)] if mr <= CHAINS_ROWS else [])]
+                sums.append(chains)
+            for j, line in enumerate(lines):
+                for m in range(mr):
+                    x4 = kit.load(
+                        kit.item(rows[m], b.add(b.mul(g, kit.i64(QUADS)), kit.i64(j)), I32), I32
+                    )
+                    chains = sums[m]
+                    chain = j % len(chains)
+                    chains[chain] = kit.dot4(chains[chain], line, x4)
+            at = b.mul(g, kit.i64(2 * LANES))
+            scale = kit.halves(kit.at(scales, at))
+            minimum = kit.halves(kit.at(minima, at)) if block_format == "q4_1" else None
+            found = []
+            for m in range(mr):
+                dot = sums[m][0] if len(sums[m]) == 1 else b.add(*sums[m])
+                row_scale = kit.splat(kit.load(kit.item(row_scales[m], g, F32), F32))
+                y = b.fadd(ys[m], b.fmul(b.sitofp(dot, VF), b.fmul(row_scale, scale)))
+                if minimum is not None:
+                    total = kit.splat(b.sitofp(totals[m], F32))
+                    y = b.fadd(y, b.fmul(total, b.fmul(row_scale, minimum)))
+                found.append(y)
+            return found
+
+        ys = kit.loop(kit.i64(0), groups, 1, [kit.vf(0.0)] * mr, body)
+        for m, y in enumerate(ys):
+            kit.store(y, kit.item(tile, m * LANES, F32), align=LINE_BYTES)
+    return kit.module.globals[name]
+
+
+def linear(kit: Kit, name: str, op: Linear) -> None:
+    """args: out, x, weights, scales half [N/16][K/32][16], bias, residual, minima as scales."""
+    most = ROWS[kit.target.name]
+    groups = op.k // GROUP
+    row_bytes = quantized_bytes(op.k, GROUP)
+    nr = 2 if op.epilogue == "swiglu" else 1  # gate and up stand in neighbouring blocks
+    micro = dispatch(
+        kit, f"grouped_any_{op.format}", [microkernel(kit, m + 1, op.format) for m in range(most)]
+    )
+    with kit.function(name) as (context, task, thread, threads):
+        b = kit.b
+        rows = row_count(kit, context, task)
+        x = own_copy(kit, kit.pointer(task, TASK_ARGS + 1), rows, thread, row_bytes)
+        w, scales, minima = (kit.pointer(task, TASK_ARGS + i) for i in (2, 3, 6))
+        tile = kit.scratch(VF, nr * most)
+
+        def body(block: Value, first: Value, count: Value) -> None:
+            xs = kit.at(x, b.mul(first, kit.i64(row_bytes)))
+            for n in range(nr):
+                at = b.mul(b.add(block, kit.i64(n)), kit.i64(groups))
+                weights = kit.at(w, b.mul(at, kit.i64(group_bytes(op.format))))
+                halves = [kit.at(p, b.mul(at, kit.i64(2 * LANES))) for p in (scales, minima)]
+                into = kit.item(tile, n * most, VF)
+                b.call(
+                    micro,
+                    [count, xs, kit.i64(row_bytes), weights, *halves, kit.i64(groups), into],
+                )
+
+            def done(m: Value) -> None:
+                ys = [
+                    kit.load(kit.item(tile, b.add(m, kit.i64(n * most)), VF), VF, align=LINE_BYTES)
+                    for n in range(nr)
+                ]
+                finish(kit, op, ys, block, b.add(first, m), task, nr)
+
+            kit.each(kit.i64(0), count, done)
+
+        bounds = split(kit, kit.i64(op.blocks // nr), thread, threads)
+        panels(kit, nr, most, bounds, rows, body)
