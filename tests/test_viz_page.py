@@ -9,7 +9,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, needs_chromium
 from made_up_program import NO_MAPS, ONE, model
 
 from openlpu.asm import save
@@ -33,8 +33,6 @@ from openlpu.viz.page import page
 from openlpu.viz.trace import trace_bytes
 
 TINY = load_chip("tiny")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 ATTACKS = (
     "</script><script>document.title='owned'</script>",

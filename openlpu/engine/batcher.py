@@ -70,6 +70,8 @@ class Engine:
         self._submitted: deque[Sequence] = deque()
         self._forgotten: deque[Sequence] = deque()
         self._readers_turn = False
+        self.prompt_tokens = 0
+        """Of all answers, computed so far; those found in shared pages are not among them."""
         self._lock = threading.RLock()
 
     # -- sequences ------------------------------------------------------------------------------
@@ -386,6 +388,9 @@ class Engine:
         """So many more tokens have their K/V."""
         start = sequence.cached
         sequence.cached += rows
+        if sequence.answer is not None:
+            prompt_length = sequence.answer.prompt_length
+            self.prompt_tokens += max(0, min(sequence.cached, prompt_length) - start)
         if start // PAGE != sequence.cached // PAGE:
             self.pages.offer(sequence.pages, sequence.tokens, start, sequence.cached)
 

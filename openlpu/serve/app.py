@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from openlpu.errors import LpuError
-from openlpu.serve import chat, completions, embeddings, models, responses, tokens
+from openlpu.serve import chat, completions, embeddings, models, page, responses, tokens
 from openlpu.serve.endpoint import GROQ, known_caller
 from openlpu.serve.errors import ApiError, api_error, error_body
 from openlpu.serve.schema.base import ErrorBody
@@ -61,6 +61,7 @@ def create_app(service: Service) -> FastAPI:
     for part in (models, chat, completions, responses, embeddings):
         _register(app, part.router, ("/v1", GROQ))
     _register(app, tokens.router, ("", GROQ))
+    _register(app, page.router, ("",))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(LpuError, _on_lpu_error)
     app.add_exception_handler(RequestValidationError, _on_malformed)
@@ -83,6 +84,7 @@ def _register(app: FastAPI, router: APIRouter, prefixes: Sequence[str]) -> None:
                 methods=sorted(route.methods or ()),
                 response_model=route.response_model,
                 responses={**app.router.responses, **route.responses},
+                include_in_schema=route.include_in_schema,
             )
 
 

@@ -35,6 +35,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # What nobody needs a key for: the chat page, which asks its user for one, and the probes.
 _OPEN = frozenset({"/", "/health", "/ready", "/favicon.ico", "/docs", "/openapi.json"})
 _OPEN_FOLDERS = ("/web/", "/docs/")
+_UNTOLD = "/stats"  # the page asks twice a second: only refusals are worth a line in the log
 _MOST_BODIES = 64  # of full length, held at once
 _WRITE_S = 1.0
 _LAST_WORDS_S = 1.0
@@ -401,6 +402,8 @@ class _Exchange:
         status = self._status if self._complete or not self._gone.is_set() else _GONE_STATUS
         endpoint = getattr(self._scope.get("route"), "path", None) or self._endpoint
         guard.metrics.observe_request(endpoint, status, seconds)
+        if endpoint == _UNTOLD and status == 200:
+            return
         caller = self._caller
         guard.logs.write(
             "request",

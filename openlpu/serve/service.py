@@ -49,6 +49,7 @@ class Service:
         self.compilers = ThreadPoolExecutor(4, thread_name_prefix="grammar")
         self.fingerprint = f"{CONTRACT}-{self.model.identity[:32]}"
         self.worker.observe_step = self.metrics.observe_step
+        self.worker.observe_tokens = self.metrics.observe_tokens
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ class Feed:
         """Why the answer ended, if it was no fault of its own."""
         self.loop = asyncio.get_running_loop()
         self.seen = -1  # the worker's: how many tokens the loop was woken for
+        self.seen_s = 0.0  # and when the last of them came
         self._worker = worker
         self._given = 0
 
@@ -70,6 +71,11 @@ class Worker:
         """Of the engine, so far."""
         self.observe_step: Callable[[int], None] = lambda sequences: None
         """Called in the worker's thread after each step."""
+        self.observe_tokens: Callable[[Answer, int, float], None] = lambda answer, new, since_s: (
+            None
+        )
+        """Called there for each answer that grew: by how many tokens, and when the one before them
+        came."""
         self._engine = model.engine
         self._most_running = most_running
         self._most_waiting = most_waiting
@@ -186,6 +192,7 @@ class Worker:
         self._tell()
 
     def _step(self) -> None:
+        sequences = sum(not feed.answer.done for feed in self._feeds)
         try:
             self._engine.step()
         except Exception as error:
@@ -193,7 +200,7 @@ class Worker:
             self._fail()
         else:
             self._broken = False
-            self.observe_step(sum(not feed.answer.done for feed in self._feeds))
+            self.observe_step(sequences)
         self.steps += 1
 
     def _fail(self) -> None:
@@ -219,6 +226,7 @@ class Worker:
                 done = feed.answer.done
                 count = len(feed.answer.generated)
                 if done or count != feed.seen:
+                    self._observe(feed, count - max(feed.seen, 0))
                     feed.seen = count
                     calls.setdefault(feed.loop, []).append(feed.changed.set)
                 if done:
@@ -238,6 +246,12 @@ class Worker:
                 loop.call_soon_threadsafe(_call, wakes)
             except RuntimeError:  # the loop has ended, and with it everybody who waited there
                 _log.warning("answers were left behind by an event loop that ended")
+
+    def _observe(self, feed: Feed, new: int) -> None:
+        last_s = feed.answer.last_token_s
+        if new > 0 and last_s is not None:
+            self.observe_tokens(feed.answer, new, feed.seen_s)
+            feed.seen_s = last_s
 
     def _promised(self, turn: asyncio.Future[None]) -> Callable[[], None]:
         closed = self._closed
