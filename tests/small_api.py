@@ -38,6 +38,7 @@ class Api:
     port: int
     service: Service
     log: io.StringIO
+    guard: Guard
 
     @property
     def url(self) -> str:
@@ -94,7 +95,7 @@ def serving_api(model: openlpu.Model, data: Path, **changes: Any) -> Iterator[Ap
     thread.start()
     try:
         assert ready.wait(20)
-        yield Api(sockets[0].getsockname()[1], service, log)
+        yield Api(sockets[0].getsockname()[1], service, log, guard)
     finally:
         server.should_exit = guard.draining = True
         thread.join(20)

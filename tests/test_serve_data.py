@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import sqlite3
@@ -56,6 +57,22 @@ def test_writes_are_kept_and_none_comes_after_the_end(tmp_path: Path) -> None:
     database = Database(tmp_path)
     assert UsageStore(database).totals("k") == Totals(2500, 7500, 5000, 2500)
     database.close()
+
+
+def test_who_stops_waiting_for_a_row_does_not_cancel_it(database: Database) -> None:
+    usage = UsageStore(database)
+
+    async def impatient() -> None:
+        with contextlib.closing(sqlite3.connect(database.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await asyncio.wrap_future(usage.record("k", "m", 1, 0, 1))
+            other.execute("COMMIT")
+
+    asyncio.run(impatient())
+    assert usage.record("k", "m", 1, 0, 1).result(10) is None
+    assert usage.totals("k").requests == 2
 
 
 def test_a_file_that_another_process_holds_is_waited_for(database: Database) -> None:

@@ -58,6 +58,9 @@ class _Write:
     values: Sequence[Any]
     written: Future[None] = field(default_factory=Future)
 
+    def __post_init__(self) -> None:
+        self.written.set_running_or_notify_cancel()  # who stops waiting must not cancel the row
+
 
 class Database:
     """The file. Any thread may use it, and other processes at the same time."""

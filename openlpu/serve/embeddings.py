@@ -50,7 +50,7 @@ class EmbeddingRequest(BaseModel):
     )
     model: str
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     user: str | None = None
 
 

@@ -176,6 +176,9 @@ class _Exchange:
                     await self._run_app()
             except ApiError as error:
                 self._cut = error
+            except StoreError as error:  # who cannot be known does not come in
+                guard.logs.write("store", id=self._id, reason=str(error))
+                self._cut = _overloaded("the keys cannot be read")
             except asyncio.CancelledError:
                 if not guard.draining:
                     raise
