@@ -63,14 +63,14 @@ class Api:
 
 
 @contextlib.contextmanager
-def roomy_model(parent: Path) -> Iterator[openlpu.Model]:
+def roomy_model(parent: Path, *, threads: int = 2) -> Iterator[openlpu.Model]:
     """A tiny model with room for tools: each letter is a token."""
     folder = write_tiny_chat(parent / "tiny")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
     with (
         knobs.override(CACHE=str(parent / "cache")),
-        openlpu.load(str(folder), threads=2) as loaded,
+        openlpu.load(str(folder), threads=threads) as loaded,
     ):
         yield loaded
 

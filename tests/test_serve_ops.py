@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import pytest
 from small_service import Served, bearer, child, received, serving, until
 
 from openlpu.errors import RequestError
+from openlpu.serve.connection import Connection
 from openlpu.serve.database import Database
 from openlpu.serve.logs import Logs
 from openlpu.serve.server import listeners
@@ -438,3 +440,15 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
     before = open_files()
     once()
     assert open_files() <= before
+
+
+def test_a_connection_that_has_ended_is_forgotten(served: Served) -> None:
+    """With all that its request held, which is much under load."""
+    for _ in range(5):
+        served.post("/v1/echo", content=b"1", headers={"connection": "close"})
+
+    def are_gone() -> bool:
+        gc.collect()
+        return not any(issubclass(type(one), Connection) for one in gc.get_objects())
+
+    until(are_gone)

@@ -39,6 +39,7 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._deadline: asyncio.TimerHandle | None = None
+        self._end: asyncio.TimerHandle | None = None
         self._in_head = True
         self._heads = 0
         self._head_bytes = 0
@@ -59,6 +60,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._stop_waiting()
+        if self._end is not None:
+            self._end.cancel()  # it would keep all that the connection knows in memory
         super().connection_lost(exc)
         # uvicorn tells the newest of several requests only.
         answering = self._answering
@@ -130,9 +133,15 @@ class Connection(HttpToolsProtocol):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
             self.transport.abort()
 
+    def _end_in(self, patience_s: float) -> None:
+        if self._end is not None:
+            self._end.cancel()
+        if not self._lost:
+            self._end = self.loop.call_later(patience_s, self.abort)
+
     def _abort_later(self) -> None:
         """A client that reads nothing must not keep what it does not read."""
-        self.loop.call_later(self.settings.body_timeout_s, self.abort)
+        self._end_in(self.settings.body_timeout_s)
 
     def _wait(self, patience_s: float) -> None:
         self._stop_waiting()
@@ -179,4 +188,4 @@ class Connection(HttpToolsProtocol):
         # Closing now, with unread bytes of the client, would reset the connection and take the
         # answer away from it.
         self.transport.write_eof()
-        self.loop.call_later(_LINGER_S, self.abort)
+        self._end_in(_LINGER_S)

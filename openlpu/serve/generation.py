@@ -67,10 +67,15 @@ class Structure:
 class Piece:
     """Certain text with the tokens that made it. A control token has no text."""
 
-    text: str
+    texts: list[str]
+    """What each token made certain, and at the end what was held back."""
     tokens: list[int]
     logprobs: list[TokenLogprob]
     """One for each token, if they were asked for."""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
 
 class Choice:
@@ -85,6 +90,7 @@ class Choice:
         self.finish_reason: Ended | None = None
         """None while there may be more."""
         self._text = text
+        self._said: list[str] = []  # not given yet
         self._given = 0
 
     def take(self) -> Piece | None:
@@ -93,20 +99,20 @@ class Choice:
         answer, text = self.feed.answer, self._text
         done = answer.done  # before the tokens, or the last ones could be missed
         generated = answer.generated
-        said = ""
+        said = self._said
         while self.told < len(generated) and not text.stopped:
-            said += text.push(generated[self.told])
+            said.append(text.push(generated[self.told]))
             self.told += 1
         if text.stopped:
             self.finish_reason = "stop"
             self.feed.cancel()
         elif done:
             self._check()
-            said += text.flush()
+            said.append(text.flush())
             self.finish_reason = "length" if answer.finish_reason == "length" else "stop"
-        elif not said:
+        elif not any(said):
             return None
-        start, self._given = self._given, self.told
+        start, self._given, self._said = self._given, self.told, []
         return Piece(said, generated[start : self.told], answer.logprobs[start : self.told])
 
     def _check(self) -> None:

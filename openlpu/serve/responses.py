@@ -7,14 +7,16 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from itertools import zip_longest
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from openlpu.engine.logprobs import TokenLogprob
 from openlpu.serve.chat import spelled
 from openlpu.serve.endpoint import STREAMED, Endpoint, Receipt, endpoint_of, json_response
 from openlpu.serve.errors import ApiError
-from openlpu.serve.generation import Generation, Piece, Structure
+from openlpu.serve.generation import Generation, Structure
 from openlpu.serve.schema.responses import ModelResponse, ResponseRequest
 from openlpu.serve.stream import EventStream, while_connected
 from openlpu.serve.tools import CallParser, ToolUse, read_tools
@@ -77,6 +79,7 @@ class _Told:
         self._generation = generation
         self._tokenizer = endpoint.service.model.tokenizer
         self._parser = None if use is None else CallParser(lambda: f"call_{secrets.token_hex(12)}")
+        self._unsaid: list[TokenLogprob] = []  # of tokens whose text is no message's yet
         self._number = 0
         self._output: list[dict[str, Any]] = []
         self._open = False  # whether the last item is not whole yet
@@ -127,12 +130,16 @@ class _Told:
             told = ""
             for _, piece in found:
                 if parser is None:
-                    told += self._said(piece.text, piece) if piece.tokens or piece.text else ""
+                    if piece.tokens or piece.text:
+                        told += self._said(piece.text, piece.logprobs)
                     continue
-                deltas = parser.push(piece.text)
+                # Token by token: which of them a message has must not depend on what came together.
+                for text, logprob in zip_longest(piece.texts, piece.logprobs):
+                    told += self._read(text, logprob)
                 if choice.finish_reason is not None:
-                    deltas += parser.flush()
-                told += self._changes(deltas, piece)
+                    told += self._changes(parser.flush())
+                    if self._unsaid and not parser.calls:
+                        told += self._said("", self._unsaid)
             yield told
         cut = choice.finish_reason == "length"
         told = "" if self._output else self._begin_message()
@@ -178,28 +185,38 @@ class _Told:
 
     # -- items ----------------------------------------------------------------------------------
 
-    def _changes(self, deltas: list[dict[str, Any]], piece: Piece) -> str:
+    def _read(self, text: str, logprob: TokenLogprob | None) -> str:
+        """Events for what a token makes certain, where calls may be."""
+        assert self._parser is not None
+        in_call = self._parser.in_call
+        deltas = self._parser.push(text)
+        if logprob is not None and not (in_call or self._parser.in_call):
+            self._unsaid.append(logprob)
+        return self._changes(deltas)
+
+    def _changes(self, deltas: list[dict[str, Any]]) -> str:
         """Events for deltas as chat completions stream them."""
         told = ""
         for delta in deltas:
             if "content" in delta:
-                told += self._said(delta["content"], piece)
-                piece = Piece("", [], [])  # its log probabilities are told once
+                told += self._said(delta["content"], self._unsaid)
+                self._unsaid = []
                 continue
             for call in delta["tool_calls"]:
                 if "id" in call:
+                    self._unsaid = []  # of tokens that opened the call
                     told += self._finish("completed") + self._begin_call(call)
                 told += self._argued(call["function"]["arguments"])
         return told
 
-    def _said(self, text: str, piece: Piece) -> str:
-        """More text of a message."""
+    def _said(self, text: str, logprobs: list[TokenLogprob]) -> str:
+        """More text of a message, and the log probabilities of its tokens."""
         told = ""
         if not (self._open and self._output[-1]["type"] == "message"):
             told = self._finish("completed") + self._begin_message()
         part = self._output[-1]["content"][0]
         part["text"] += text
-        found = [spelled(self._tokenizer, one) for one in piece.logprobs]
+        found = [spelled(self._tokenizer, one) for one in logprobs]
         part["logprobs"] += found
         return told + self._event(
             "response.output_text.delta", **self._place(0), delta=text, logprobs=found

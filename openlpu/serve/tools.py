@@ -314,6 +314,11 @@ class CallParser:
         self._read: Callable[[], list[dict[str, Any]] | None] = self._read_text
         self._depth, self._quoted, self._escaped = 0, False, False
 
+    @property
+    def in_call(self) -> bool:
+        """Whether what comes next is a call's."""
+        return self._read in (self._read_arguments, self._read_tail)
+
     def push(self, text: str) -> list[dict[str, Any]]:
         """What has become certain."""
         self._held += text
