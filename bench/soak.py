@@ -33,7 +33,9 @@ from mixed_requests import Asked, mixed_requests
 from plain_client import Told, ask, exchange, leave, message
 
 SAMPLE_S = 2.0
-MOST_GROWTH = 0.01  # of the memory, over the second half
+# Of the memory, over the second half. The heap's high-water mark rises by a few MiB when more of
+# the longest requests meet than ever before, which gets rare; a leak grows with each request.
+MOST_GROWTH = 0.02
 SPARE = 4  # files and threads that may be more at rest than at the first rest
 SETTLE_S = 3.0
 MEBIBYTE = 1 << 20

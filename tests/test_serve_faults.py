@@ -58,7 +58,7 @@ def said(api: Api, body: dict[str, Any]) -> str:
 def raw(body: dict[str, Any], path: str = COMPLETIONS) -> bytes:
     """A request as it goes over the wire."""
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     return head.encode() + b"content-length: %d\r\n\r\n" % len(content) + content
 
 
@@ -136,7 +136,7 @@ def test_who_never_ends_its_request_holds_nothing(
     model: openlpu.Model, right: str, tmp_path: Path
 ) -> None:
     """Nothing sent, half a header, half a body, half a chunk; the others are answered meanwhile."""
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
     halves = (
         b"",
         head,

@@ -7,9 +7,11 @@ memory given up, clients gone. Otherwise it would prove nothing.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import re
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any
 
 import pytest
 from mixed_requests import Asked, mixed_requests
-from plain_client import Told, ask, leave
+from plain_client import Told, ask, leave, message
 from small_api import ALIAS, roomy_model, serving_api
 from small_service import until
 
@@ -213,3 +215,44 @@ def test_a_message_beside_tools_has_all_its_log_probabilities(
             (choice,) = told.choices
             assert choice["form"] == ["message"]
             assert len(choice["logprobs"]) == told.usage[1] == 60
+
+
+LETTERS = b"x" * (1 << 20)
+CHAT = "/v1/chat/completions"
+GOOD = json.dumps({"model": ALIAS, "messages": [{"role": "user", "content": "?"}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "missing"),
+    [
+        pytest.param(b'{"model": ' + LETTERS, 0, id="no JSON"),
+        pytest.param(b'"\xff' + LETTERS, 0, id="no UTF-8"),
+        pytest.param(GOOD[:-1] + b', "user": "' + LETTERS + b'"}', 0, id="good"),
+        pytest.param(GOOD + LETTERS, 1, id="cut off"),
+    ],
+)
+def test_no_body_waits_for_the_garbage_collector(
+    body: bytes, missing: int, model: openlpu.Model, tmp_path: Path
+) -> None:
+    """It comes after so many objects, whatever they hold: gigabytes, of some hundred bodies."""
+
+    async def send(port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        content = message(CHAT, body)
+        writer.write(content[: len(content) - missing])
+        await writer.drain()
+        if not missing:
+            await reader.read()
+        writer.transport.abort()
+
+    with serving_api(model, tmp_path) as api:
+        asyncio.run(send(api.port))  # what is made once is made
+        gc.disable()
+        tracemalloc.start(1)
+        try:
+            for _ in range(6):
+                asyncio.run(send(api.port))
+            until(lambda: tracemalloc.get_traced_memory()[0] < 2 * len(LETTERS))
+        finally:
+            tracemalloc.stop()
+            gc.enable()

@@ -122,7 +122,9 @@ def test_a_body_that_is_too_long_is_refused_however_it_comes(database: Database)
         assert served.guard.held_bytes == served.guard.open_requests == 0
         # Who never stops sending is cut.
         with served.connect() as client, pytest.raises(OSError):
-            client.sendall(b"POST /v1/echo HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n\r\n")
+            client.sendall(
+                b"POST /v1/echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999\r\n\r\n"
+            )
             for _ in range(200):
                 client.sendall(b"x" * 10_000)
                 time.sleep(0.001)
@@ -133,9 +135,9 @@ def test_a_body_that_is_too_long_is_refused_however_it_comes(database: Database)
     [
         b"GET / HTTP/1.1\r\nhost x\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"POST /v1/echo HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1\r\n\r\n",
         b"POST / HTTP/1.1\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /v1/echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/echo HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
 def test_what_is_no_http_gets_one_answer(served: Served, garbage: bytes) -> None:
@@ -159,7 +161,7 @@ def test_a_header_without_end_is_refused(served: Served) -> None:
 
 
 def test_a_stream_of_requests_without_reading_is_cut(served: Served) -> None:
-    one = b"POST /v1/wait HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+    one = b"POST /v1/wait HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n"
     with served.connect() as client:
         client.sendall(one * 50)
         assert received(client) == b""
@@ -173,7 +175,7 @@ def test_who_sends_its_header_slowly_is_not_waited_for(database: Database) -> No
     with serving(database, head_timeout_s=0.4) as served:
         with served.connect() as silent, served.connect() as slow:
             began_s = time.monotonic()
-            slow.sendall(b"POST /v1/echo HTTP/1.1\r\nhost: x\r\n")
+            slow.sendall(b"POST /v1/echo HTTP/1.1\r\nhost: localhost\r\n")
             answer = received(slow)
             assert received(silent) == b""
             assert time.monotonic() - began_s < 2
@@ -189,7 +191,7 @@ def test_who_sends_its_header_slowly_is_not_waited_for(database: Database) -> No
 
 def test_who_sends_its_body_slowly_is_not_waited_for(database: Database) -> None:
     with serving(database, body_timeout_s=0.4) as served, served.connect() as slow:
-        slow.sendall(b"POST /v1/echo HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\nabc")
+        slow.sendall(b"POST /v1/echo HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\nabc")
         answer = received(slow)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b'"request_timeout"' in answer
@@ -205,7 +207,7 @@ def test_a_long_answer_does_not_trip_the_limits_of_the_header(database: Database
 def test_who_does_not_read_its_stream_is_cut_in_time(database: Database) -> None:
     with serving(database, request_timeout_s=1.0) as served, served.connect() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        head = b"POST /v1/stream?count=100000&size=10000 HTTP/1.1\r\nhost: x\r\n"
+        head = b"POST /v1/stream?count=100000&size=10000 HTTP/1.1\r\nhost: localhost\r\n"
         client.sendall(head + b"content-length: 0\r\n\r\n")
         until(lambda: served.app.state.ended == ["stream"])
         until(lambda: served.guard.open_requests == 0)
@@ -242,7 +244,7 @@ def test_when_the_client_leaves_its_answer_ends(served: Served, path: str) -> No
 
 def test_more_requests_than_fit_are_refused(database: Database) -> None:
     with serving(database, most_running=1, most_waiting=1) as served:
-        body = b"POST /v1/wait HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+        body = b"POST /v1/wait HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n"
         with served.connect() as one, served.connect() as two:
             one.sendall(body)
             two.sendall(body)
@@ -264,11 +266,11 @@ def test_a_flood_of_connections_is_refused_politely(database: Database) -> None:
         until(lambda: len(served.server.server_state.connections) == 20)
         for _ in range(200):
             with served.connect() as refused:
-                refused.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+                refused.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 answer = received(refused)
                 assert answer.startswith(b"HTTP/1.1 503 ")
                 assert b"retry-after: 1" in answer
-        first[0].sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        first[0].sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert first[0].recv(1000).startswith(b"HTTP/1.1 200 ")
         first[1].close()
         until(lambda: len(served.server.server_state.connections) == 19)

@@ -235,7 +235,6 @@ def test_an_answer_cut_short_keeps_what_came() -> None:
 @pytest.mark.parametrize(
     ("tools", "choice", "param"),
     [
-        ([], None, "tools"),
         ([tool()] * 2, None, "tools"),
         ([tool(f"f{i}") for i in range(129)], None, "tools"),
         (["weather"], None, "tools[0]"),
@@ -252,7 +251,8 @@ def test_an_answer_cut_short_keeps_what_came() -> None:
         ([tool()], "always", "tool_choice"),
         ([tool()], {"type": "function", "function": {"name": "other"}}, "tool_choice"),
         ([tool()], {"type": "allowed_tools"}, "tool_choice"),
-        (None, "auto", "tool_choice"),
+        (None, "required", "tool_choice"),
+        ([], {"type": "function", "function": {"name": "f"}}, "tool_choice"),
     ],
 )
 def test_bad_tools_are_refused_by_name(tools: Any, choice: Any, param: str) -> None:
@@ -275,8 +275,21 @@ def test_bad_parameters_are_refused_by_name(tiny: Grammars) -> None:
         use.constraint(tiny)
 
 
+def test_what_cannot_be_enforced_is_refused_where_all_must_hold(tiny: Grammars) -> None:
+    for part in ({"uniqueItems": True}, {"oneOf": [{"minItems": 1}, {"maxItems": 3}]}):
+        loose = tool(properties={"a": {"type": "array", "items": {"type": "null"}, **part}})
+        use = read_tools([{**loose, "function": {**loose["function"], "strict": None}}])
+        assert use is not None
+        assert use.constraint(tiny) is not None
+        use = read_tools([{**loose, "function": {**loose["function"], "strict": True}}])
+        assert use is not None
+        with pytest.raises(StructureError):
+            use.constraint(tiny)
+
+
 def test_no_tools_no_constraint() -> None:
     assert read_tools(None) is None
+    assert read_tools([], "auto") is None
     assert read_tools(None, "none") is None
     assert read_tools([tool()], "none") is None
     bare = read_tools([{"type": "function", "function": {"name": "f"}}])

@@ -62,7 +62,8 @@ def serve(
         bool, typer.Option("--log-prompts", help="Write the text of requests to the log.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Serve a public address without keys.")
+        bool,
+        typer.Option("--force", help="Without keys, serve a public address or under any name."),
     ] = False,
     data: Data = None,
     json: options.Json = False,

@@ -474,8 +474,9 @@ class Engine:
         if not ids:
             raise RequestError("there are no tokens; give a prompt that is not empty")
         if before + len(ids) > self.context:
+            more = f" and {before:,} more" if before else ""
             raise RequestError(
-                f"a prompt of {len(ids):,} tokens and {before:,} more do not fit the context of "
-                f"{self.context:,}; shorten the prompt"
+                f"{len(ids):,} tokens{more} do not fit the context of {self.context:,}; "
+                "shorten the prompt"
             )
         return ids

@@ -26,6 +26,7 @@ _GONE_STATUS = 499  # nobody reads it
 _REFUSALS = {
     400: "The request is malformed, or asks for what is not supported; `param` names the part.",
     401: "The key is missing, wrong or revoked.",
+    403: "Without keys, the service answers only under this machine's own names.",
     404: "There is no such model or endpoint.",
     405: "The endpoint has another method.",
     408: "The request did not arrive in time.",
@@ -105,13 +106,23 @@ async def _on_lpu_error(request: Request, error: Exception) -> Response:
     return _refusal(api_error(error))
 
 
+def _forget_frames(error: BaseException | None) -> None:
+    """Of an error that is dealt with. They hold the body, and FastAPI's the error itself: such a
+    ring would stay until the collector comes, and with it gigabytes of many bodies."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 async def _on_malformed(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    _forget_frames(error)
     return _refusal(malformed(error.errors()))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    _forget_frames(error)
     message = str(error.detail)
     if error.status_code == 404:
         message = f"there is nothing at {request.url.path[:100]}; see /docs"
@@ -150,7 +161,10 @@ def malformed(errors: Sequence[Any]) -> ApiError:
     if found["type"] == "missing":
         what = f"{param} is missing" if param else "the body is missing"
         return ApiError(400, what, param=param, code="missing_required_parameter")
-    message = f"{param or 'the body'}: {found['msg'][:1].lower()}{found['msg'][1:]}"
+    if param is None:
+        message = "the body must be a JSON object, sent with content-type: application/json"
+        return ApiError(400, message, code="invalid_value")
+    message = f"{param}: {found['msg'][:1].lower()}{found['msg'][1:]}"
     return ApiError(400, message[:300], param=param, code="invalid_value")
 
 

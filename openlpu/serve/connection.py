@@ -68,6 +68,8 @@ class Connection(HttpToolsProtocol):
         if answering is not None and not answering.response_complete:
             answering.disconnected = True
             answering.message_event.set()
+        # Each knows the connection: such a ring would keep a body until the collector comes.
+        self.scope = self.cycle = self._answering = None  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

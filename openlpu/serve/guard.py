@@ -8,6 +8,7 @@ up end it. It also answers /health, /ready and /metrics, so that they work under
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import math
 import secrets
@@ -129,7 +130,26 @@ class Guard:
         path = scope["path"]
         if key is None and required and path not in _OPEN and not path.startswith(_OPEN_FOLDERS):
             raise _unauthorized("wrong or revoked" if sent else "missing")
+        if not required and not self.settings.any_name:
+            self._check_name(scope)
         return Caller(request_id, key, self.keys, self.usage, self.limits)
+
+    def _check_name(self, scope: Scope) -> None:
+        """Without keys, only who calls this machine by its own names is served: a page from
+        elsewhere, whose name was made to mean this machine, must not be. Raises ApiError 403."""
+        sent = [value for name, value in scope["headers"] if name == b"host"]
+        name = sent[0].decode("latin-1").lower() if sent else "localhost"
+        name = name.partition("]")[0].strip("[") if name[:1] == "[" else name.partition(":")[0]
+        if name in {"localhost", self.settings.host.lower()} or name.endswith(".localhost"):
+            return
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            message = (
+                f"without keys this service answers under localhost or an address, not as "
+                f"{name[:100]!r}; add a key with `lpu keys add`, or start it with --force"
+            )
+            raise ApiError(403, message, code="host_not_allowed") from None
 
 
 class _Exchange:
@@ -175,7 +195,7 @@ class _Exchange:
                 else:
                     await self._run_app()
             except ApiError as error:
-                self._cut = error
+                self._cut = error.with_traceback(None)  # its frames know us, and our body
             except StoreError as error:  # who cannot be known does not come in
                 guard.logs.write("store", id=self._id, reason=str(error))
                 self._cut = _overloaded("the keys cannot be read")

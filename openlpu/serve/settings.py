@@ -54,6 +54,8 @@ class Settings:
     """Folder of the SQLite file."""
     require_keys: bool | None = None
     """None: once any key exists, or if the address is public."""
+    any_name: bool = False
+    """Whether requests without keys may call the service by any host's name."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

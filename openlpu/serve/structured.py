@@ -328,12 +328,14 @@ def schema_of(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | 
     return schema
 
 
-def schema_text(schema: Mapping[str, Any], param: str) -> str:
-    """Compact JSON of a schema, without its prose, with our choice of white space.
+def schema_text(schema: Mapping[str, Any], param: str, *, strict: bool = True) -> str:
+    """Compact JSON of a schema, without its prose, with our choice of white space. strict: what
+    cannot be enforced is refused; else it is left to the model.
 
     Raises StructureError for schemas that are too deep or demand too long texts.
     """
-    plain = {**_plain_schema(schema, param, 0), "x-guidance": _GUIDANCE}
+    guidance = _GUIDANCE if strict else {**_GUIDANCE, "lenient": True, "coerce_one_of": True}
+    plain = {**_plain_schema(schema, param, 0), "x-guidance": guidance}
     return _encoded(lambda value: json.dumps(value, separators=(",", ":")), plain, param)
 
 

@@ -57,6 +57,8 @@ class Tool:
     name: str
     description: str | None
     parameters: Mapping[str, Any]
+    strict: bool = False
+    """Whether all that the schema says must hold, or only what can be enforced."""
 
     def declared(self) -> dict[str, Any]:
         """As templates want it."""
@@ -96,10 +98,11 @@ class ToolUse:
         rules = [f"call: {' | '.join(f'call{i}' for i in range(len(self.callable)))}"]
         for i, tool in enumerate(self.callable):
             where = f"tools[{self.tools.index(tool)}].function.parameters"
+            schema = {"type": "object", **tool.parameters}
             head = rf'"\n{{\"name\": \"{tool.name}\", \"arguments\": "'
             rules += [
                 rf'call{i}: {head} given{i} "}}\n{_CLOSE}"',
-                f"given{i}: %json {schema_text({'type': 'object', **tool.parameters}, where)}",
+                f"given{i}: %json {schema_text(schema, where, strict=tool.strict)}",
             ]
         return grammars.of_lark("\n".join([start, *reply, *rules, ""]), "tools")
 
@@ -113,12 +116,12 @@ def read_tools(
 
     Raises StructureError.
     """
-    if tools is None:
-        if tool_choice not in (None, "none"):
+    if not isinstance(tools, (list, tuple, type(None))) or len(tools or ()) > MAX_TOOLS:
+        raise StructureError(f"tools must be a list of at most {MAX_TOOLS} functions", "tools")
+    if not tools:
+        if tool_choice not in (None, "none", "auto"):
             raise StructureError("tool_choice needs tools", "tool_choice")
         return None
-    if not isinstance(tools, (list, tuple)) or not 1 <= len(tools) <= MAX_TOOLS:
-        raise StructureError(f"tools must be a list of 1 to {MAX_TOOLS} functions", "tools")
     known = tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools))
     if len({tool.name for tool in known}) < len(known):
         raise StructureError("two of the tools have the same name", "tools")
@@ -160,7 +163,7 @@ def _tool(tool: Any, where: str) -> Tool:
         raise StructureError(f"{part} must be a JSON schema", part)
     if parameters and parameters.get("type", "object") != "object":
         raise StructureError(f"{part} must describe an object", part)
-    return Tool(name, description, parameters or _NO_PARAMETERS)
+    return Tool(name, description, parameters or _NO_PARAMETERS, function.get("strict") is True)
 
 
 class ToolPrompts:

@@ -50,8 +50,8 @@ class Controls(Body):
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default", "on_demand"] | None = None
     # -----
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    """0 keeps all."""
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """0 and -1 keep all."""
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     ignore_eos: bool | None = None
@@ -68,7 +68,7 @@ class Controls(Body):
         stop = self.stop if self.stop is not None else []
         return Sampling(
             temperature=_or(self.temperature, 1.0),
-            top_k=_or(self.top_k, 0),
+            top_k=max(0, _or(self.top_k, 0)),
             top_p=_or(self.top_p, 1.0),
             min_p=_or(self.min_p, 0.0),
             repetition_penalty=_or(self.repetition_penalty, 1.0),

@@ -24,6 +24,8 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, str] | None = None
+    """Equal beginnings are found without it."""
 
 
 class CalledFunction(Body):
@@ -39,6 +41,8 @@ class GivenCall(Body):
     id: str
     type: Literal["function"]
     function: CalledFunction
+    index: int | None = None
+    """Its place among the calls of a stream."""
 
 
 class Message(Body):
@@ -53,6 +57,8 @@ class Message(Body):
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    reasoning_content: None = None
+    provider_specific_fields: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Message:
@@ -74,7 +80,7 @@ class Message(Body):
         if self.name is not None:
             told["name"] = self.name
         if self.tool_calls:
-            told["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+            told["tool_calls"] = [call.model_dump(exclude={"index"}) for call in self.tool_calls]
         if self.tool_call_id is not None:
             told["tool_call_id"] = self.tool_call_id
         return told
@@ -163,6 +169,15 @@ class ChatRequest(Controls):
     prompt_cache_key: str | None = None
     """Equal beginnings are found without it."""
     safety_identifier: str | None = None
+    # What cannot be had may be given as nothing, as some clients do.
+    reasoning_effort: None = None
+    verbosity: Literal["medium"] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    functions: None = None
+    function_call: None = None
+    prompt_cache_retention: None = None
 
 
 class TopLogprob(Shown):

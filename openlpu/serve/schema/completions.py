@@ -37,6 +37,8 @@ class CompletionRequest(Controls):
     stream_options: StreamOptions | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST)] | None = None
     response_format: ResponseFormat | None = None
+    suffix: None = None
+    store: Literal[False] | None = None
 
 
 class OldLogprobs(Shown):

@@ -100,6 +100,13 @@ class ResponseStreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
+class NoReasoning(Body):
+    """No model here has settings for it."""
+
+    effort: None = None
+    summary: None = None
+
+
 class ResponseRequest(Controls):
     """What OpenAI's clients send. No response is kept: store is false, whatever OpenAI's default,
     and previous_response_id is refused; send the conversation."""
@@ -121,6 +128,12 @@ class ResponseRequest(Controls):
     background: Literal[False] | None = None
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
+    # What cannot be had may be given as nothing, as some clients do.
+    previous_response_id: None = None
+    conversation: None = None
+    prompt: None = None
+    reasoning: NoReasoning | None = None
+    max_tool_calls: None = None
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as templates read it."""
