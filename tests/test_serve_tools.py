@@ -277,7 +277,8 @@ def test_bad_parameters_are_refused_by_name(tiny: Grammars) -> None:
 
 def test_what_cannot_be_enforced_is_refused_where_all_must_hold(tiny: Grammars) -> None:
     for part in ({"uniqueItems": True}, {"oneOf": [{"minItems": 1}, {"maxItems": 3}]}):
-        loose = tool(properties={"a": {"type": "array", "items": {"type": "null"}, **part}})
+        items = {"type": "array", "items": {"type": "null"}, **part}
+        loose = tool(properties={"a": items}, required=["a"])
         use = read_tools([{**loose, "function": {**loose["function"], "strict": None}}])
         assert use is not None
         assert use.constraint(tiny) is not None
