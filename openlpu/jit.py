@@ -28,6 +28,8 @@ class Target:
 
 
 X86 = "x86_64-unknown-linux-gnu"
+AARCH64 = "aarch64-unknown-linux-gnu"
+RISCV64 = "riscv64-unknown-linux-gnu"
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
@@ -39,6 +41,8 @@ TARGETS: dict[str, Target] = {
             ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
         ),
         Target("avx2", X86, "x86-64-v3", "", ("avx2", "fma", "bmi2")),
+        Target("neon", AARCH64, "", "+dotprod", ("dotprod",)),
+        Target("rvv", RISCV64, "", "+m,+a,+f,+d,+c,+v", ("v",)),  # vectors of 128 bits or more
         Target("plain", "", "", "", ()),  # portable: this machine's own triple, generic processor
     )
 }
@@ -81,7 +85,14 @@ def select(name: str | None = None) -> Target:
             f"this processor cannot run the {wanted} kernels; it can run: {', '.join(usable)}"
         )
     target = TARGETS[wanted]
-    return target if target.triple else replace(target, triple=_binding().get_default_triple())
+    return target if target.triple else plain(_binding().get_default_triple())
+
+
+def plain(triple: str) -> Target:
+    """The portable kernel set for a machine. Every Linux on RISC-V asks for RV64GC, of which LLVM's
+    generic processor has too little: not even floating point."""
+    features = "+m,+a,+f,+d,+c" if triple.startswith("riscv64") else ""
+    return replace(TARGETS["plain"], triple=triple, features=features)
 
 
 def _machine(target: Target) -> Any:

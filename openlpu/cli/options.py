@@ -32,7 +32,9 @@ Threads = Annotated[
 ]
 Kernels = Annotated[
     str | None,
-    typer.Option(metavar="avx512|avx2|plain", help="Kernel set; the best. Changes no bit."),
+    typer.Option(
+        metavar="avx512|avx2|neon|rvv|plain", help="Kernel set; the best. Changes no bit."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Longest answer in tokens.")]

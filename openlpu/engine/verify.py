@@ -29,11 +29,12 @@ from openlpu.engine.runner import Runner
 from openlpu.engine.sampler import random_bits
 from openlpu.engine.sequence import Sequence
 from openlpu.errors import UnsupportedTarget
+from openlpu.jit import TARGETS
 from openlpu.store import Store
 
 F32 = NDArray[np.float32]
 
-KERNELS = ("avx512", "avx2", "plain")
+KERNELS = tuple(TARGETS)
 THREADS = (1, 2, 3)
 PIECES = (1, 7, 64)
 BATCHES = (2, 7, 32)

@@ -175,7 +175,7 @@ class Kit:
         """16 finite float16 values as float32, exactly."""
         kind = ir.VectorType(I16, LANES)
         bits = self.load(pointer, kind)
-        if self.target.name == "avx512":  # one instruction
+        if self.target.name in ("avx512", "neon"):  # they have an instruction for it
             return self.b.fpext(self.bits(bits, ir.VectorType(ir.HalfType(), LANES)), VF)
         return self.widened(self.b.zext(bits, VI))
 
@@ -294,9 +294,13 @@ class Kit:
             return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", VI, [acc, block, x])
         if self.target.name == "avx2":
             return self._dot4_avx2(acc, block, spread)
+        signed = b.xor(block, ir.Constant(BLOCK, [-128] * 64))
+        if self.target.name == "neon":
+            return self._dot4_neon(acc, signed, spread)
+        if self.target.name == "rvv":
+            return self._dot4_rvv(acc, signed, x4)
         # Pairs of products fit 16 bits: 2 * 128 * 127 < 2**15.
         wide, quads = ir.VectorType(I16, 64), ir.VectorType(I32, 32)
-        signed = b.xor(block, ir.Constant(BLOCK, [-128] * 64))
         product = b.mul(b.sext(signed, wide), b.sext(self.bits(spread, BLOCK), wide))
         even, odd = (self.shuffle(product, range(i, 64, 2)) for i in range(2))
         pairs = b.sext(b.add(even, odd), quads)
@@ -318,8 +322,43 @@ class Kit:
             pairs = self.intrinsic("llvm.x86.avx2.pmadd.ub.sw", words, [size, turned])
             ones = ir.Constant(words, [1] * 16)
             parts.append(self.intrinsic("llvm.x86.avx2.pmadd.wd", quads, [pairs, ones]))
-        joined = b.shuffle_vector(parts[0], parts[1], ir.Constant(VI, list(range(LANES))))
-        return b.add(acc, joined)
+        return b.add(acc, self._joined(*parts))
+
+    def _dot4_neon(self, acc: Value, signed: Value, spread: Value) -> Value:
+        """Four quarters, each one instruction, sdot."""
+        sums, lines = ir.VectorType(I32, 4), ir.VectorType(I8, 16)
+        x = self.bits(self.shuffle(spread, range(4)), lines)
+        parts = [
+            self.intrinsic(
+                "llvm.aarch64.neon.sdot.v4i32.v16i8",
+                sums,
+                [
+                    self.shuffle(acc, range(4 * i, 4 * i + 4)),
+                    self.shuffle(signed, range(16 * i, 16 * i + 16)),
+                    x,
+                ],
+            )
+            for i in range(4)
+        ]
+        halves = [self._joined(parts[i], parts[i + 1]) for i in (0, 2)]
+        return self._joined(*halves)
+
+    def _dot4_rvv(self, acc: Value, signed: Value, x4: Value) -> Value:
+        """Vectors of one k each times a scalar: the products of two k fit 16 bits, as above."""
+        b, words = self.b, ir.VectorType(I16, LANES)
+        products = []
+        for i in range(4):
+            x = b.trunc(b.ashr(b.shl(x4, self.i32(24 - 8 * i)), self.i32(24)), I16)
+            w = b.sext(self.shuffle(signed, range(i, 64, 4)), words)
+            products.append(b.mul(w, self.splat(x)))
+        for i in (0, 2):
+            acc = b.add(acc, b.sext(b.add(products[i], products[i + 1]), VI))
+        return acc
+
+    def _joined(self, low: Value, high: Value) -> Value:
+        count = 2 * low.type.count
+        lanes = ir.Constant(ir.VectorType(I32, count), list(range(count)))
+        return self.b.shuffle_vector(low, high, lanes)
 
 
 def _natural(kind: Any) -> int:

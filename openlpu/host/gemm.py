@@ -27,14 +27,22 @@ FETCH_ROWS = 3
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Register blocking: up to `rows` rows by `width` blocks; up to `few_rows` rows by one."""
+    """Register blocking: up to `rows` rows by `width` blocks; up to `few_rows` rows by one.
+    `sums`: most sums of 16 lanes at once where k is split over several."""
 
     rows: int
     width: int
     few_rows: int
+    sums: int
 
 
-SHAPES = {"avx512": Shape(12, 2, 8), "avx2": Shape(4, 1, 2), "plain": Shape(2, 1, 1)}
+SHAPES = {
+    "avx512": Shape(12, 2, 8, 12),
+    "avx2": Shape(4, 1, 2, 8),
+    "neon": Shape(6, 1, 2, 4),
+    "rvv": Shape(4, 1, 2, 1),
+    "plain": Shape(2, 1, 1, 8),
+}
 MICRO = ir.FunctionType(ir.VoidType(), [PTR, I64, PTR, I64, PTR])  # x, ldx, w, K/4, tile
 
 
@@ -45,8 +53,9 @@ def microkernel(kit: Kit, mr: int, nr: int) -> Value:
     if found is not None:
         return found
     # A short chain of dependent sums would wait for itself: split k over several accumulators.
-    ways = 4 if mr * nr <= 2 else 2 if mr * nr <= 6 else 1
-    unroll = max(ways, 4 if mr * nr <= 4 else 1)
+    sums = SHAPES[kit.target.name].sums
+    ways = min(4 if mr * nr <= 2 else 2 if mr * nr <= 6 else 1, max(1, sums // (mr * nr)))
+    unroll = max(ways, min(4, sums) if mr * nr <= 4 else 1)
     with kit.function(name, MICRO, internal=True) as (x, ldx, w, k4, tile):
         b = kit.b
         block_bytes = b.mul(k4, kit.i64(LINE_BYTES))

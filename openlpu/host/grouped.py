@@ -10,7 +10,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from openlpu.host.emit import BLOCK, F32, I32, I64, LANES, PTR, VF, Kit, Value
-from openlpu.host.gemm import FETCH_ROWS, dispatch, finish, panels
+from openlpu.host.gemm import FETCH_ROWS, SHAPES, dispatch, finish, panels
 from openlpu.host.kernels import Linear
 from openlpu.host.layout import BIAS, TASK_ARGS, group_bytes, quantized_bytes
 from openlpu.host.rows import own_copy, row_count, split
@@ -18,7 +18,7 @@ from openlpu.numerics import GROUP
 
 QUADS = GROUP // 4  # lines of a group in bytes; nibbles are half as many
 LINE_BYTES = 64
-ROWS = {"avx512": 12, "avx2": 4, "plain": 2}
+ROWS = {"avx512": 12, "avx2": 4, "neon": 4, "rvv": 2, "plain": 2}
 CHAINS_ROWS = 4  # up to so many rows, a row's sum is split in two, which do not wait for each other
 # x, ldx, weights, scales, minima, groups, tile float32 [rows][16]
 MICRO = ir.FunctionType(ir.VoidType(), [PTR, I64, PTR, PTR, PTR, I64, PTR])
@@ -65,9 +65,10 @@ def microkernel(kit: Kit, mr: int, block_format: str) -> Value:
             lines = _lines(kit, here, block_format)
             totals = [kit.load(kit.item(t, g, I32), I32) for t in row_totals]
             sums = []
+            split_k = 2 * mr <= SHAPES[kit.target.name].sums and mr <= CHAINS_ROWS
             for m in range(mr):
                 start = b.mul(totals[m], kit.i32(-bias)) if kit.biased and bias else kit.i32(0)
-                chains = [kit.splat(start), *([kit.vi(0)] if mr <= CHAINS_ROWS else [])]
+                chains = [kit.splat(start), *([kit.vi(0)] if split_k else [])]
                 sums.append(chains)
             for j, line in enumerate(lines):
                 for m in range(mr):

@@ -26,6 +26,12 @@ from openlpu.host.rows import row_count
 
 SPIN = 4000  # pauses before a waiting thread yields
 PARK = 2000  # yields before a worker parks: a few milliseconds
+# How a processor's modes of floating point are read and written, and the default ones. RISC-V has
+# no flushing of denormals, so there rounding is all.
+MODES = {
+    "aarch64": ("llvm.aarch64.get.fpcr", "llvm.aarch64.set.fpcr", I64, 0),
+    "riscv64": ("llvm.get.rounding", "llvm.set.rounding", I32, 1),
+}
 SEMAPHORE_BYTES = 16  # where a worker's semaphore stands in its line, after the flag
 
 
@@ -229,12 +235,21 @@ def _define_work(kit: Kit) -> None:
 
 def _with_default_rounding(kit: Kit, body: Callable[[], object]) -> None:
     """Run `body` with round-to-nearest and denormals kept, whatever the host program had set."""
-    if "x86_64" not in kit.target.triple:
+    b = kit.b
+    processor = kit.target.triple.split("-")[0]
+    if processor == "x86_64":
+        saved, ours = kit.scratch(I32, 1), kit.scratch(I32, 1)
+        kit.store(kit.i32(0x1F80), ours)
+        b.call(kit.external("llvm.x86.sse.stmxcsr", ir.VoidType(), [PTR]), [saved])
+        b.call(kit.external("llvm.x86.sse.ldmxcsr", ir.VoidType(), [PTR]), [ours])
         body()
-        return
-    saved, ours = kit.scratch(I32, 1), kit.scratch(I32, 1)
-    kit.store(kit.i32(0x1F80), ours)
-    kit.b.call(kit.external("llvm.x86.sse.stmxcsr", ir.VoidType(), [PTR]), [saved])
-    kit.b.call(kit.external("llvm.x86.sse.ldmxcsr", ir.VoidType(), [PTR]), [ours])
-    body()
-    kit.b.call(kit.external("llvm.x86.sse.ldmxcsr", ir.VoidType(), [PTR]), [saved])
+        b.call(kit.external("llvm.x86.sse.ldmxcsr", ir.VoidType(), [PTR]), [saved])
+    elif processor in MODES:
+        read, write, kind, default = MODES[processor]
+        setter = kit.external(write, ir.VoidType(), [kind])
+        mode = b.call(kit.external(read, kind, []), [])
+        b.call(setter, [ir.Constant(kind, default)])
+        body()
+        b.call(setter, [mode])
+    else:
+        body()
