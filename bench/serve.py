@@ -16,6 +16,7 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -67,21 +68,26 @@ class Prompts:
         return found
 
 
-def alone(model: Model, load: Load, prompts: list[list[int]], end: int) -> float:
-    """Seconds from a token to the next one when the engine works for nobody but this loop."""
+def alone(model: Model, load: Load, prompts: list[list[int]], end: int) -> tuple[float, float]:
+    """Seconds from a token to the next one, and of a step (which may give more than one token of
+    an answer, if drafted), when the engine works for nobody but this loop."""
     sampling = Sampling(max_tokens=load.answer_tokens, logit_bias=((end, -100.0),))
     answers = [
         model.engine.submit(prompt, sampling, Request(end_ids=frozenset({end})))
         for prompt in prompts
     ]
+    steps_s = []
     while model.engine.busy:
-        model.engine.step()
+        started_s = time.perf_counter()
+        sampled = model.engine.step()
+        if len(sampled) >= load.clients:  # not the prompts' steps
+            steps_s.append(time.perf_counter() - started_s)
     spans = [
         (a.last_token_s - a.first_token_s) / (load.answer_tokens - 1)
         for a in answers
         if a.last_token_s is not None and a.first_token_s is not None
     ]
-    return statistics.median(spans)
+    return statistics.median(spans), statistics.median(steps_s)
 
 
 def compare(
@@ -133,7 +139,9 @@ def compare(
                         add(f"{key}, between s", traffic.between_s)
                 for one in STEADY:
                     work = prompts.of(one)
-                    add(f"{one.name}, engine, between s", alone(model, one, work, end))
+                    between_s, step_s = alone(model, one, work, end)
+                    add(f"{one.name}, engine, between s", between_s)
+                    add(f"{one.name}, engine, step s", step_s)
                     before = loop_cpu_s(ours)
                     traffic = put(one, ours, work)
                     spent = loop_cpu_s(ours) - before
@@ -190,10 +198,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     for one in STEADY:
         engine = medians[f"{one.name}, engine, between s"]
         served = medians[f"{one.name}, openlpu, between s"]
-        loop = medians[f"{one.name}, loop s a token"] * one.clients
+        loop, step = (medians[f"{one.name}, {k}"] for k in ("loop s a token", "engine, step s"))
         console.print(
-            f"{one.name}: {served * 1e3:.2f} ms a step served, {engine * 1e3:.2f} ms in the engine "
-            f"alone: {served / engine - 1:+.1%}; {loop * 1e3:.2f} ms of them in the event loop"
+            f"{one.name}: {loop * 1e3:.3f} ms of the event loop a token, {loop / step:.1%} of a "
+            f"step of {step * 1e3:.2f} ms; {served * 1e3:.2f} ms from token to token, "
+            f"{engine * 1e3:.2f} ms in the engine alone ({served / engine - 1:+.1%}, the client's "
+            "own work on the same cores included)"
         )
     console.print(f"ready {report['ready_s']:.2f} s after the start")
     if report["others_cores"] > 0.05:
