@@ -20,7 +20,7 @@ from openlpu.engine.families import FAMILIES, random_model, random_weights
 from openlpu.errors import GraphError, RequestError, UnsupportedTarget
 from openlpu.graph import Batch, Param, Tensor
 from openlpu.host import HostModel, build
-from openlpu.host.layout import MAX_ROWS
+from openlpu.host.layout import APART_ROWS, MAX_ROWS
 from openlpu.host.plan import make_plan
 from openlpu.load.weights import Tensor as StoredTensor
 from openlpu.load.weights import Weights
@@ -125,6 +125,29 @@ def test_every_pass_keeps_the_bits_on_the_host(family: str, store: Store) -> Non
             got = [host.step(step), host.step(tail)]
         expected = expected or got
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), name
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])  # a window; one K/V head
+def test_threads_share_the_chunks_of_a_long_context(family: str, store: Store) -> None:
+    """Few rows far from the beginning: one, drafts, several sequences, more threads than chunks."""
+    compiled = random_model(family)
+    reference = compiled.reference()
+    long, short = prompt(1000), prompt(400, slot=2)
+    before = [batch(long[:512]), batch(long[512:]), batch(short)]
+    steps = [
+        batch([(1, 1000, 0)]),
+        batch([(2, 1001, 0), (3, 1002, 0), (4, 1003, 0)]),
+        batch([(5, 1004, 0), (6, 0, 1), (7, 400, 2)]),
+        batch([(8, 1005 + i, 0) for i in range(APART_ROWS)]),
+        batch([(9, 401, 2), *((10, 1 + i, 1) for i in range(APART_ROWS))]),  # one row too many
+    ]
+    expected = [reference.step(step) for step in (*before, *steps)][len(before) :]
+    for threads in (1, 2, 3, 7):
+        with closing(host_of(compiled, store, threads=threads)) as host:
+            for step in before:
+                host.step(step)
+            for step, logits in zip(steps, expected, strict=True):
+                assert same_bits(host.step(step), logits)
 
 
 def test_threads_batches_and_pieces_do_not_change_a_bit(store: Store) -> None:

@@ -2,19 +2,23 @@
 
 A unit of work is (row, kv head): the query heads of the group share every loaded line of K and V.
 While each sequence has one row in the step, the thread that installs a unit also attends it, so
-no barrier stands between.
+no barrier stands between. Few rows over long contexts are too few units for the threads, which
+then share the units' chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
 
 from openlpu.graph.step import PAGE
-from openlpu.host.emit import F32, I8, I32, I64, LANES, VB, VF, VI, Kit, Value
+from openlpu.host.emit import F32, I8, I32, I64, LANES, PTR, VB, VF, VI, Kit, Value
 from openlpu.host.gemm import SHAPES, Shape, microkernel
 from openlpu.host.kernels import Attention
-from openlpu.host.layout import TASK_ARGS, Context, head_bytes, padded
-from openlpu.host.rows import columns, correction, my_rows, normalize, quantize_span
+from openlpu.host.layout import APART_ROWS, TASK_ARGS, Context, head_bytes, padded
+from openlpu.host.rows import columns, correction, my_rows, normalize, quantize_span, split
 from openlpu.numerics.attention import DENOMINATOR_BITS
 from openlpu.numerics.quant import R127, TINY
 
@@ -201,65 +205,188 @@ def store_value(kit: Kit, q: Value, page: Value, j: Value, dim: int) -> None:
 
 def attend(kit: Kit, name: str, op: Attention) -> None:
     """numerics.attention.attend for each unit; writes the heads of the group side by side."""
-    dim, group, chunk = op.head_dim, op.group, op.chunk
+    part = _define_part(kit, name, op)
     with kit.function(name) as args:
-        context, task = args[0], args[1]
         b = kit.b
-        unit_state = _Scratch(kit, op)
+        parts = kit.pointer(args[0], Context.PARTS)
+        apart = b.icmp_unsigned("!=", b.ptrtoint(parts, I64), kit.i64(0))
+        total = _State.scratch(kit, op)
+        with b.if_else(apart) as (then, otherwise):
+            with then:
+                _attend_apart(kit, op, args, part, parts, total)
+            with otherwise:
+                _attend_whole(kit, op, args, part, total)
 
-        def unit(row: Value, head: Value) -> None:
-            position = _position(kit, context, row)
-            page = _page(kit, op, args, row, head)
-            queries = query_base(kit, op, task, row, head)
-            start = kit.i64(0)
-            if op.window:
-                behind = b.sub(position, kit.i64(op.window - 1))
-                start = b.select(b.icmp_signed(">", behind, start), behind, start)
-            first_chunk = b.sdiv(start, kit.i64(chunk))
-            last_chunk = b.add(b.sdiv(position, kit.i64(chunk)), kit.i64(1))
 
-            def one(c: Value) -> None:
-                base = b.mul(c, kit.i64(chunk))
-                low = b.select(b.icmp_signed(">", start, base), start, base)
-                end = b.add(base, kit.i64(chunk - 1))
-                high = b.select(b.icmp_signed("<", position, end), position, end)
-                _chunk(kit, op, unit_state, queries, page, (base, low, high))
-                fresh = b.icmp_signed("==", c, first_chunk)
-                _merge(kit, op, unit_state, fresh)
+def _attend_whole(
+    kit: Kit, op: Attention, args: tuple[Value, ...], part: Value, total: _State
+) -> None:
+    """A unit's chunks one after the other, merged at once."""
+    context, task = args[0], args[1]
+    b = kit.b
+    fresh_part = _State.scratch(kit, op)
 
-            kit.each(first_chunk, last_chunk, one)
-            ld = padded(op.heads * dim)
-            at = b.add(b.mul(row, kit.i64(ld)), b.mul(head, kit.i64(group * dim)))
-            out = kit.item(kit.pointer(task, _OUT), at, F32)
+    def unit(row: Value, head: Value) -> None:
+        first, chunks = _chunks(kit, op, context, row)
 
-            def finish(g: Value) -> None:
-                share = b.fdiv(kit.f32(1.0), kit.load(kit.item(unit_state.total_l, g, F32), F32))
-                from_ = b.mul(g, kit.i64(dim))
+        def one(i: Value) -> None:
+            b.call(part, [context, task, row, head, b.add(first, i), fresh_part.base])
+            _merge(kit, op, total, fresh_part, b.icmp_signed("==", i, kit.i64(0)))
 
-                def block(d: Value) -> None:
-                    i = b.add(from_, d)
-                    o = kit.load(kit.item(unit_state.total_o, i, F32), VF)
-                    kit.store(b.fmul(o, kit.splat(share)), kit.item(out, i, F32))
+        kit.each(kit.i64(0), chunks, one)
+        _finish(kit, op, task, row, head, total)
 
-                columns(kit, dim, block)
+    _units(kit, op, args, unit)
 
-            kit.each(kit.i64(0), kit.i64(group), finish)
 
-        _units(kit, op, args, unit)
+def _attend_apart(
+    kit: Kit, op: Attention, args: tuple[Value, ...], part: Value, parts: Value, total: _State
+) -> None:
+    """Few rows over long contexts: every thread takes an equal share of all units' chunks; when all
+    have met, the parts are merged in the order of the contract."""
+    context, task, thread, threads = args
+    b = kit.b
+    rows, heads = kit.field(context, Context.ROWS), kit.i64(op.kv_heads)
+
+    def count(row: Value, before: list[Value]) -> list[Value]:
+        return [b.add(before[0], b.mul(heads, _chunks(kit, op, context, row)[1]))]
+
+    (all_parts,) = kit.loop(kit.i64(0), rows, 1, [kit.i64(0)], count)
+    start, stop = split(kit, all_parts, thread, threads)
+
+    def at(index: Value) -> Value:
+        return kit.at(parts, b.mul(index, kit.i64(op.part_bytes)))
+
+    def compute(row: Value, before: list[Value]) -> list[Value]:
+        first, chunks = _chunks(kit, op, context, row)
+        after = b.add(before[0], b.mul(heads, chunks))
+        low = b.select(b.icmp_signed(">", start, before[0]), start, before[0])
+        high = b.select(b.icmp_signed("<", stop, after), stop, after)
+
+        def one(i: Value) -> None:
+            within = b.sub(i, before[0])
+            chunk = b.add(first, b.srem(within, chunks))
+            b.call(part, [context, task, row, b.sdiv(within, chunks), chunk, at(i)])
+
+        kit.each(low, high, one)
+        return [after]
+
+    kit.loop(kit.i64(0), rows, 1, [kit.i64(0)], compute)
+    b.call(kit.module.globals["barrier"], [context, threads])
+
+    def merge(row: Value, before: list[Value]) -> list[Value]:
+        chunks = _chunks(kit, op, context, row)[1]
+
+        def unit(head: Value) -> None:
+            mine = b.srem(b.add(b.mul(row, heads), head), threads)
+            with b.if_then(b.icmp_signed("==", mine, thread)):
+                here = b.add(before[0], b.mul(head, chunks))
+
+                def one(i: Value) -> None:
+                    state = _State(kit, op, at(b.add(here, i)))
+                    _merge(kit, op, total, state, b.icmp_signed("==", i, kit.i64(0)))
+
+                kit.each(kit.i64(0), chunks, one)
+                _finish(kit, op, task, row, head, total)
+
+        kit.each(kit.i64(0), heads, unit)
+        return [b.add(before[0], b.mul(heads, chunks))]
+
+    kit.loop(kit.i64(0), rows, 1, [kit.i64(0)], merge)
+
+
+def _chunks(kit: Kit, op: Attention, context: Value, row: Value) -> tuple[Value, Value]:
+    """The first chunk that a row sees, and how many."""
+    b = kit.b
+    position, chunk = _position(kit, context, row), kit.i64(op.chunk)
+    first = b.sdiv(_first_seen(kit, op, position), chunk)
+    return first, b.sub(b.add(b.sdiv(position, chunk), kit.i64(1)), first)
+
+
+def _first_seen(kit: Kit, op: Attention, position: Value) -> Value:
+    """The first position that a row sees."""
+    if not op.window:
+        return kit.i64(0)
+    behind = kit.b.sub(position, kit.i64(op.window - 1))
+    return kit.b.select(kit.b.icmp_signed(">", behind, kit.i64(0)), behind, kit.i64(0))
+
+
+def _finish(kit: Kit, op: Attention, task: Value, row: Value, head: Value, total: _State) -> None:
+    """Divide by the sums of weights, and write the unit's heads."""
+    b = kit.b
+    dim, group = op.head_dim, op.group
+    ld = padded(op.heads * dim)
+    at = b.add(b.mul(row, kit.i64(ld)), b.mul(head, kit.i64(group * dim)))
+    out = kit.item(kit.pointer(task, _OUT), at, F32)
+
+    def finish(g: Value) -> None:
+        share = b.fdiv(kit.f32(1.0), kit.load(kit.item(total.l, g, F32), F32))
+        from_ = b.mul(g, kit.i64(dim))
+
+        def block(d: Value) -> None:
+            i = b.add(from_, d)
+            o = kit.load(kit.item(total.o, i, F32), VF)
+            kit.store(b.fmul(o, kit.splat(share)), kit.item(out, i, F32))
+
+        columns(kit, dim, block)
+
+    kit.each(kit.i64(0), kit.i64(group), finish)
+
+
+class _State:
+    """A unit's m and l [group], o [group][dim], float32: of one chunk, or of several merged."""
+
+    def __init__(self, kit: Kit, op: Attention, base: Value) -> None:
+        self.base = self.m = base
+        self.l, self.o = kit.item(base, op.group, F32), kit.item(base, 2 * op.group, F32)
+
+    @classmethod
+    def scratch(cls, kit: Kit, op: Attention) -> _State:
+        return cls(kit, op, kit.scratch(F32, op.part_bytes // 4))
+
+
+PART = ir.FunctionType(ir.VoidType(), [PTR, PTR, I64, I64, I64, PTR])
+
+
+def _define_part(kit: Kit, name: str, op: Attention) -> Value:
+    """part(context, task, row, kv head, chunk, state): what one unit sees in one chunk."""
+    name = f"part_of_{name}"
+    with kit.function(name, PART, internal=True) as args:
+        context, task, row, head, index, base = args
+        b = kit.b
+        position = _position(kit, context, row)
+        start = _first_seen(kit, op, position)
+        first = b.mul(index, kit.i64(op.chunk))
+        low = b.select(b.icmp_signed(">", start, first), start, first)
+        end = b.add(first, kit.i64(op.chunk - 1))
+        high = b.select(b.icmp_signed("<", position, end), position, end)
+        few = b.icmp_signed("<=", kit.field(context, Context.ROWS), kit.i64(APART_ROWS))
+        span = _Span(first, low, high, b.sdiv(position, kit.i64(PAGE)), few)
+        queries = query_base(kit, op, task, row, head)
+        _chunk(kit, op, _State(kit, op, base), queries, _page(kit, op, args, row, head), span)
+    return kit.module.globals[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Of a chunk: its first position, the first and last visible one, the sequence's last page; and
+    whether the pages come from memory, so that they should be fetched before."""
+
+    base: Value
+    low: Value
+    high: Value
+    last_page: Value
+    far: Value
 
 
 class _Scratch:
-    """Stack memory of one attend call."""
+    """Stack memory of one chunk."""
 
     def __init__(self, kit: Kit, op: Attention) -> None:
         group, dim, chunk = op.group, op.head_dim, op.chunk
         self.scores = kit.scratch(F32, group * chunk)
         self.weights = kit.scratch(I8, group * chunk)
         self.tile = kit.scratch(I32, group * max(PAGE, dim))
-        self.m, self.l = kit.scratch(F32, group), kit.scratch(F32, group)
-        self.o = kit.scratch(F32, group * dim)
-        self.total_m, self.total_l = kit.scratch(F32, group), kit.scratch(F32, group)
-        self.total_o = kit.scratch(F32, group * dim)
 
 
 def _side_by_side(shape: Shape, rows: int) -> int:
@@ -306,14 +433,15 @@ def _tile_offset(kit: Kit, rows: int, blocks: int, row: int, block: int) -> int:
 def _chunk(
     kit: Kit,
     op: Attention,
-    s: _Scratch,
+    state: _State,
     queries: Value,
     page: Callable[[Value], Value],
-    span: tuple[Value, Value, Value],
+    span: _Span,
 ) -> None:
-    """m, l and o of one chunk; span = (chunk's first position, first and last visible one)."""
+    """m, l and o of one chunk."""
     b = kit.b
-    base, low, high = span
+    s = _Scratch(kit, op)
+    base, low, high = span.base, span.low, span.high
     dim, group, chunk = op.head_dim, op.group, op.chunk
     first_page = b.sdiv(low, kit.i64(PAGE))
     end_page = b.add(b.sdiv(high, kit.i64(PAGE)), kit.i64(1))
@@ -332,9 +460,25 @@ def _chunk(
         query_scale.append(kit.splat(b.fmul(scale, kit.f32(op.factor))))
         start.append(kit.splat(kit.load(kit.at(queries, g * op.query_bytes + dim + 4), I32)))
 
+    # Pages that come from memory are asked for in good time, some lines in each pass: the values
+    # while the keys are scored, the next chunk's keys while the values are summed.
+    size, scales = PAGE * dim, 4 * PAGE
+    keys = [*range(0, size, 64), *range(2 * size, 2 * size + scales, 64)]
+    values = [*range(size, 2 * size, 64), *range(2 * size + scales, 2 * size + 2 * scales, 64)]
+
+    def fetch(at: Value, lines: list[int], half: int) -> None:
+        with b.if_then(span.far):
+            for line in lines[half::2]:
+                kit.prefetch(kit.at(at, line))
+
+    def following(i: Value) -> Value:
+        other = b.add(i, kit.i64(chunk // PAGE))
+        return page(b.select(b.icmp_signed("<", other, span.last_page), other, span.last_page))
+
     def score_page(i: Value, tops: list[Value]) -> list[Value]:
         blocks = PAGE // LANES
         at = page(i)
+        fetch(at, values, 0)
         for g in range(group):
             for n in range(blocks):
                 kit.store(start[g], kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32))
@@ -359,6 +503,7 @@ def _chunk(
 
     def weigh_page(i: Value, carried: list[Value]) -> list[Value]:
         at = page(i)
+        fetch(at, values, 1)
         first = b.mul(i, kit.i64(PAGE))
         for n in range(PAGE // LANES):
             j = b.add(first, kit.i64(n * LANES))
@@ -388,6 +533,7 @@ def _chunk(
         steps.append(kit.splat(step))
 
     def quantize_page(i: Value, totals: list[Value]) -> list[Value]:
+        fetch(following(i), keys, 0)
         first = b.sub(b.mul(i, kit.i64(PAGE)), base)
         for n in range(PAGE // LANES):
             for g in range(group):
@@ -405,44 +551,45 @@ def _chunk(
             kit.store(value, kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32))
 
     def value_page(i: Value) -> None:
+        fetch(following(i), keys, 1)
         first = b.sub(b.mul(i, kit.i64(PAGE)), base)
-        values = kit.at(page(i), PAGE * dim)
+        block = kit.at(page(i), PAGE * dim)
         p = kit.at(s.weights, first)
-        _matrix(kit, p, chunk, values, kit.i64(PAGE // 4), s.tile, group, blocks)
+        _matrix(kit, p, chunk, block, kit.i64(PAGE // 4), s.tile, group, blocks)
 
     kit.each(first_page, end_page, value_page)
     for g in range(group):
-        kit.store(maxima[g], kit.item(s.m, g, F32))
+        kit.store(maxima[g], kit.item(state.m, g, F32))
         total = b.sitofp(kit.reduce_add(sums[g]), F32)
-        kit.store(b.fmul(total, kit.f32(2.0**-DENOMINATOR_BITS)), kit.item(s.l, g, F32))
+        kit.store(b.fmul(total, kit.f32(2.0**-DENOMINATOR_BITS)), kit.item(state.l, g, F32))
         scale = kit.splat(b.fmul(tops_w[g], kit.f32(float(R127))))
         for n in range(blocks):
             dot = kit.load(kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32), VI)
-            kit.store(b.fmul(b.sitofp(dot, VF), scale), kit.item(s.o, g * dim + n * LANES, F32))
+            kit.store(b.fmul(b.sitofp(dot, VF), scale), kit.item(state.o, g * dim + n * LANES, F32))
 
 
-def _merge(kit: Kit, op: Attention, s: _Scratch, fresh: Value) -> None:
-    """Fold the chunk's m, l, o into the totals; the first chunk replaces them."""
+def _merge(kit: Kit, op: Attention, total: _State, part: _State, fresh: Value) -> None:
+    """Fold a chunk's m, l, o into the totals; the first chunk replaces them."""
     b = kit.b
     dim = op.head_dim
 
     def head(g: Value) -> None:
-        m, l = (kit.load(kit.item(p, g, F32), F32) for p in (s.m, s.l))
-        old_m, old_l = (kit.load(kit.item(p, g, F32), F32) for p in (s.total_m, s.total_l))
+        m, l = (kit.load(kit.item(p, g, F32), F32) for p in (part.m, part.l))
+        old_m, old_l = (kit.load(kit.item(p, g, F32), F32) for p in (total.m, total.l))
         old_m = b.select(fresh, m, old_m)
         top = kit.select(b.fcmp_ordered(">", m, old_m), m, old_m)
         x, y = (kit.exp2(kit.splat(b.fsub(v, top))) for v in (old_m, m))
         x0, y0 = (b.extract_element(v, kit.i32(0)) for v in (x, y))
         merged = b.fadd(b.fmul(old_l, x0), b.fmul(l, y0))
-        kit.store(top, kit.item(s.total_m, g, F32))
-        kit.store(b.select(fresh, l, merged), kit.item(s.total_l, g, F32))
+        kit.store(top, kit.item(total.m, g, F32))
+        kit.store(b.select(fresh, l, merged), kit.item(total.l, g, F32))
 
         def block(d: Value) -> None:
             i = b.add(b.mul(g, kit.i64(dim)), d)
-            o = kit.load(kit.item(s.o, i, F32), VF)
-            old = kit.load(kit.item(s.total_o, i, F32), VF)
+            o = kit.load(kit.item(part.o, i, F32), VF)
+            old = kit.load(kit.item(total.o, i, F32), VF)
             both = b.fadd(b.fmul(old, x), b.fmul(o, y))
-            kit.store(b.select(fresh, o, both), kit.item(s.total_o, i, F32))
+            kit.store(b.select(fresh, o, both), kit.item(total.o, i, F32))
 
         columns(kit, dim, block)
 

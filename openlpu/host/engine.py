@@ -16,6 +16,8 @@ from openlpu.graph.step import PAGE
 from openlpu.host.codegen import load_kernels
 from openlpu.host.kernels import symbol
 from openlpu.host.layout import (
+    APART_CHUNKS,
+    APART_ROWS,
     LINE_WORDS,
     MAX_ROWS,
     TASK_ARGS,
@@ -95,6 +97,7 @@ class HostModel:
         self._context = _aligned(8 * (Context.WORKERS + LINE_WORDS * threads)).view(np.int64)
         self._slots = [_aligned(size) for size in self._plan.slots]
         self._queries = _aligned(self._plan.query_bytes)
+        self._parts = _aligned(0)
         self._tasks, self._output_at = self._link(code)
         self._turns = np.array(graph.rope.turns, np.uint64)
         self._cosines, self._sines = self._rope(_FIRST_POSITIONS)
@@ -195,6 +198,7 @@ class HostModel:
         last, shared = self._check(*arrays)
         if rows == 0:
             return
+        parts = self._parts_of(arrays[1])
         if last >= self._cosines.shape[0]:
             self._cosines, self._sines = self._rope(max(last + 1, 2 * self._cosines.shape[0]))
         for field, value in (
@@ -206,11 +210,24 @@ class HostModel:
             (Context.WANTED, arrays[3].ctypes.data),
             (Context.PAGE_TABLE, arrays[4].ctypes.data),
             (Context.PAGE_STRIDE, arrays[4].shape[1]),
-            (Context.SHARED_KV, int(shared)),
+            (Context.SHARED_KV, int(shared or parts)),
+            (Context.PARTS, self._parts.ctypes.data if parts else 0),
             (Context.TASK_COUNT, tasks),
         ):
             self._context[field] = value
         self._team.step()
+
+    def _parts_of(self, positions: I32) -> int:
+        """How many parts threads share in this step, for which there is room then; 0: none."""
+        if self.threads == 1 or positions.size > APART_ROWS:
+            return 0
+        chunks = positions // self._plan.chunk + 1
+        if chunks.max() < APART_CHUNKS:
+            return 0
+        parts = int(chunks.sum()) * self._plan.kv_heads
+        if self._parts.size < parts * self._plan.part_bytes:
+            self._parts = _aligned(2 * parts * self._plan.part_bytes)
+        return parts
 
     def _check(
         self, tokens: I32, positions: I32, slots: I32, wanted: I32, pages: I32

@@ -42,6 +42,11 @@ class Attention:
         """One quantized query head: values, scale, correction."""
         return self.head_dim + 64
 
+    @property
+    def part_bytes(self) -> int:
+        """What a unit has of one chunk: m, l and o of each head of the group, float32."""
+        return 4 * self.group * (self.head_dim + 2)
+
 
 @dataclass(frozen=True, slots=True)
 class Install(Attention):

@@ -25,6 +25,8 @@ from openlpu.graph.step import PAGE
 from openlpu.numerics import GROUP
 
 N_PAD = 64  # outputs; four 16-lane blocks
+APART_ROWS = 16  # rows up to which threads may share the chunks of units
+APART_CHUNKS = 2  # chunks of the longest row from which they do
 FEW_ROWS = 2  # rows up to which each thread quantizes for itself, which is cheaper than a barrier
 MAX_ROWS = 512  # rows of one native step; longer prompts go in chunks
 LINE_WORDS = 8  # 64-bit words of a cache line
@@ -48,12 +50,13 @@ class Context(IntEnum):
     TASKS = 12
     TASK_COUNT = 13
     THREADS = 14
-    SHARED_KV = 15  # 1 when some sequence has several rows in this step
-    STOPPING = 2 * LINE_WORDS  # 1 once the workers shall leave
-    GENERATION = 3 * LINE_WORDS  # each of these stands alone in its cache line
-    ARRIVED = 4 * LINE_WORDS
-    PHASE = 5 * LINE_WORDS
-    WORKERS = 6 * LINE_WORDS  # one line per thread: 1 while it is parked, and its semaphore
+    SHARED_KV = 15  # 1 when threads read what others have installed
+    PARTS = 16  # room for the parts of all chunks, when threads share them; else 0
+    STOPPING = 3 * LINE_WORDS  # 1 once the workers shall leave
+    GENERATION = 4 * LINE_WORDS  # each of these stands alone in its cache line
+    ARRIVED = 5 * LINE_WORDS
+    PHASE = 6 * LINE_WORDS
+    WORKERS = 7 * LINE_WORDS  # one line per thread: 1 while it is parked, and its semaphore
 
 
 class Barrier(IntEnum):
@@ -62,7 +65,7 @@ class Barrier(IntEnum):
     NONE = 0
     ALWAYS = 1
     MANY_ROWS = 2  # when the step has more than FEW_ROWS rows of the task's kind
-    SHARED_KV = 3  # when some sequence has several rows in this step
+    SHARED_KV = 3  # when threads read what others have installed
 
 
 TASK_WORDS = 24

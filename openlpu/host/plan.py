@@ -77,7 +77,10 @@ class Plan:
     query_bytes: int
     layers: int
     kv_head_bytes: int  # of one layer: all its kv heads in one page
+    kv_heads: int
     head_dim: int
+    chunk: int
+    part_bytes: int
 
     @property
     def specs(self) -> list[Spec]:
@@ -257,7 +260,10 @@ def make_plan(graph: Graph, threads: int) -> Plan:
         query_bytes=MAX_ROWS * max(a.heads * a.query_bytes for a in attentions),
         layers=max(op.integer("layer") for op in graph.ops if op.kind == "attention") + 1,
         kv_head_bytes=first.kv_heads * head_bytes(first.head_dim),
+        kv_heads=first.kv_heads,
         head_dim=first.head_dim,
+        chunk=min(a.chunk for a in attentions),
+        part_bytes=max(a.part_bytes for a in attentions),
     )
 
 
