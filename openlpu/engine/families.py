@@ -51,12 +51,15 @@ FAMILIES: dict[str, ModelConfig] = {
 _BLOCKS = {"llama": "q4_0", "mistral": "q4_1", "qwen2": "q8_0", "qwen3": "q4_1"}
 
 
-def random_model(family: str, *, precision: Precision = "w8") -> Compiled:
-    """A compiled model of FAMILIES[family]; the weights are the same on every machine.
+def random_model(
+    family: str, *, precision: Precision = "w8", config: ModelConfig | None = None
+) -> Compiled:
+    """A compiled model of FAMILIES[family], or of another config of the family; the weights are the
+    same on every machine.
 
     For w4 its matrices are stored in blocks: q4_0, q4_1 or q8_0, by family.
     """
-    config = FAMILIES[family]
+    config = config or FAMILIES[family]
     weights: Weights = random_weights(config)
     if precision == "w4":
         weights = _in_blocks(config, weights, ENCODINGS[_BLOCKS[family]])

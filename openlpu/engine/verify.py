@@ -8,6 +8,7 @@ pseudo-random tokens of the whole vocabulary, so that no claim leans on ordinary
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ BATCHES = (2, 7, 32)
 _ROWS_KEPT = 32  # rows of logits compared of a long prompt, the last one among them
 _XOR_BYTES = 1 << 24  # of a comparison, held unpacked at once
 _RANDOM_TOKENS = 340  # beyond one chunk of positions
+_LONG = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +110,11 @@ def verify(
 ) -> Iterator[Claim]:
     """Test every claim; yields the rows of the table as they are done.
 
-    Without `full`: prompts of 30 and 400 tokens, about a minute; with it: 30, 900 and 2,000, and
-    random models on every kernel set.
+    Without `full`: prompts of 30 and 400 tokens, about a minute; with it: 30, 900 and 4,000,
+    random models on every kernel set, and a context of 32,768.
     """
     _, compiled = open_model(name_or_path, precision=precision, progress=progress)
-    lengths = [n for n in ((30, 900, 2000) if full else (30, 400)) if n < compiled.graph.context]
+    lengths = [n for n in ((30, 900, 4000) if full else (30, 400)) if n < compiled.graph.context]
     vocab_size = compiled.config.vocab_size
     prompts = {n: random_tokens(n, vocab_size, seed=n) for n in lengths}
     with closing(compiled.host(progress=progress)) as host:
@@ -120,6 +122,8 @@ def verify(
         identity = host.identity
         yield from _against_reference(compiled, prompts, base, lengths if full else lengths[:1])
         yield _random_models(compiled.precision, full=full)
+        if full:
+            yield _long_context(compiled.precision)
         yield _pieces(host, compiled, prompts, base)
         yield _batches(host, compiled, base_tokens=prompts[lengths[0]])
     yield _threads(compiled, prompts, base)
@@ -174,6 +178,48 @@ def _random_models(precision: Precision, *, full: bool) -> Claim:
                     for piece in (512, 7):
                         found.add(rows_of(host, compiled, tokens, piece), expected)
     return _claim("random models equal the reference", ", ".join(FAMILIES), found, started_s)
+
+
+def _long_context(precision: Precision) -> Claim:
+    """A small random model at the end of a context of 32,768: the reference's last rows, on every
+    kernel set and any number of threads, in one step, in pieces and one by one."""
+    started_s, found = time.perf_counter(), Differences()
+    config = replace(FAMILIES["qwen3"], layers=1, heads=2, kv_heads=1, windows=(None,))
+    config = replace(config, context=_LONG + 64)
+    tokens = random_tokens(_LONG, config.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = random_model("qwen3", precision=precision, config=config)
+        expected = _last_rows(compiled.reference(), compiled, tokens, (_ROWS_KEPT,))
+        for kernels in KERNELS:
+            for threads in THREADS:
+                try:
+                    host = compiled.host(
+                        kernels=kernels, threads=threads, store=Store(Path(folder))
+                    )
+                except UnsupportedTarget:
+                    continue
+                with closing(host):
+                    for pieces in ((_ROWS_KEPT,), (1,), (7, 1, 16, 3)):
+                        found.add(_last_rows(host, compiled, tokens, pieces), expected)
+    cases = f"{_LONG:,} tokens; threads {', '.join(map(str, THREADS))}"
+    return _claim("a long context of a random model", cases, found, started_s)
+
+
+def _last_rows(runner: Runner, compiled: Compiled, tokens: list[int], pieces: Items[int]) -> F32:
+    """Logits of the last rows, so many at a time in turn."""
+    engine = engine_for(runner, compiled)
+    sequence = engine.open()
+    try:
+        engine.last_logits(sequence, tokens[:-_ROWS_KEPT])
+        found, rest = [], tokens[-_ROWS_KEPT:]
+        for count in itertools.cycle(pieces):
+            found += list(engine.score(sequence, rest[:count], piece=count))
+            rest = rest[count:]
+            if not rest:
+                return np.concatenate(found)
+        raise AssertionError("pieces never end")
+    finally:
+        engine.close(sequence)
 
 
 def _pieces(
