@@ -6,10 +6,12 @@ print(model.generate("Why is the sky blue?"))
 
 from __future__ import annotations
 
+import gc
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -247,6 +249,20 @@ def open_model(
     return checkpoint, compiled
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: it would look again and again at the 10**5 objects of a
+    vocabulary, all of which stay, and that is a tenth of a start."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_uncollected()
 def load(
     name_or_path: str = "smollm2",
     *,
