@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +260,49 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) 
     else:
         first_end = min(end for end, _ in ends)
         assert got == text[: min(start for end, start in ends if end == first_end)]
+
+
+class Pieces:
+    """Each token is a whole text."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+
+    def push(self, token: int) -> str:
+        return self._texts[token]
+
+    def flush(self) -> str:
+        return ""
+
+
+@given(
+    st.lists(st.text("ab语", max_size=6), max_size=12),
+    st.lists(st.text("ab语", min_size=1, max_size=6), max_size=4),
+)
+def test_stop_strings_are_found_as_a_search_of_all_the_text_finds_them(
+    texts: list[str], stop: list[str]
+) -> None:
+    answer, told, all_text = AnswerText(Pieces(texts), stop=tuple(stop)), "", ""
+    for token, text in enumerate(texts):
+        told, all_text = told + answer.push(token), all_text + text
+        found = [all_text.find(s) for s in stop if s in all_text]
+        assert answer.stopped == bool(found)
+        if found:
+            assert told == all_text[: min(found)]
+            return
+        held = all_text[len(told) :]
+        assert all_text.startswith(told)
+        assert not held or any(s.startswith(held) for s in stop)
+        assert all(not s.startswith(all_text[at:]) for s in stop for at in range(len(told)))
+    assert told + answer.flush() == all_text
+
+
+def test_long_stop_strings_cost_each_letter_once() -> None:
+    stops = ["-" * 999 + "b", *(f"c{i}" + "-" * 990 for i in range(63))]
+    started_s = time.process_time()
+    text = "".join(pieces_of("-" * 5000, *stops))
+    assert text == "-" * 5000
+    assert time.process_time() - started_s < 2  # minutes, if letters were looked at again
 
 
 # -- evaluation and measures ------------------------------------------------------------------

@@ -203,6 +203,8 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
         ("max_tokens", 0),
         ("stop", ("",)),
         ("stop", (3,)),
+        ("stop", ("x" * 1001,)),
+        ("stop", ("x",) * 65),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: Any) -> None:

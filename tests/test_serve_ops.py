@@ -160,6 +160,47 @@ def test_a_header_without_end_is_refused(served: Served) -> None:
         assert received(client).startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize(
+    "lines", [b"x: " + b"y" * 70_000 + b"\r\n", b"a: b\r\n" * 17_000], ids=["one", "many"]
+)
+def test_a_header_that_comes_at_once_has_the_same_bound(served: Served, lines: bytes) -> None:
+    with served.connect() as client:
+        with contextlib.suppress(OSError):
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + lines + b"\r\n")
+        assert received(client).startswith(b"HTTP/1.1 431 ")
+    with served.connect() as client:
+        with contextlib.suppress(OSError):
+            client.sendall(b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        assert received(client).startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize(
+    "endless",
+    [b"a: b\r\n" * 1000, b"y" * 8000],
+    ids=["lines", "a value"],
+)
+@pytest.mark.parametrize("before", [b"0\r\n", b"0\r\nx: ", b"1;"], ids=["end", "line", "chunk"])
+def test_trailers_and_chunks_have_a_bound(served: Served, before: bytes, endless: bytes) -> None:
+    head = b"POST /v1/echo HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+    with served.connect() as client, pytest.raises(OSError):
+        client.sendall(head + b"2\r\n{}\r\n" + before)
+        for _ in range(2000):
+            client.sendall(endless)
+            time.sleep(0.001)
+    until(lambda: served.guard.open_requests == 0)
+
+
+def test_many_headers_on_one_connection_are_no_long_header(served: Served) -> None:
+    one = b"POST /v1/echo HTTP/1.1\r\nhost: localhost\r\nx: %s\r\n" % (b"y" * 30_000)
+    with served.connect() as client:
+        for _ in range(5):
+            client.sendall(one + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nz: z\r\n\r\n")
+            answer = b""
+            while b'"caller"' not in answer:
+                answer += client.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_stream_of_requests_without_reading_is_cut(served: Served) -> None:
     one = b"POST /v1/wait HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n"
     with served.connect() as client:

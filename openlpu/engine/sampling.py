@@ -13,6 +13,8 @@ from typing import Any
 
 from openlpu.errors import RequestError
 
+MOST_STOPS = 64
+STOP_LETTERS = 1000
 GREEDY_BELOW = 2.0**-20  # a lower temperature could not be told from greedy in float32
 
 
@@ -44,7 +46,7 @@ class Sampling:
     """0 to 2**64 - 1; the same seed gives the same answer, in any batch, on any machine. None draws
     one, which the statistics of the answer report."""
     stop: tuple[str, ...] = ()
-    """The answer ends before the first of these strings."""
+    """The answer ends before the first of these strings, up to 64 of 1,000 letters."""
     max_tokens: int = 512
     """Longest answer in tokens, 1 or more."""
     ignore_eos: bool = False
@@ -72,9 +74,13 @@ class Sampling:
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, 2**64 - 1)
         _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        if len(self.stop) > MOST_STOPS:
+            raise RequestError(f"stop holds {len(self.stop)} strings; at most {MOST_STOPS} fit")
         for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise RequestError(f"stop holds {text!r}; give strings that are not empty")
+            if not isinstance(text, str) or not 0 < len(text) <= STOP_LETTERS:
+                raise RequestError(
+                    f"stop holds {text!r:.100}; give strings of 1 to {STOP_LETTERS:,} letters"
+                )
 
     @property
     def greedy(self) -> bool:

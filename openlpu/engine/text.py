@@ -22,7 +22,7 @@ class AnswerText:
 
     def __init__(self, decoder: Decoder, *, stop: tuple[str, ...] = ()) -> None:
         self._decoder = decoder
-        self._stop = stop
+        self._stops = [_Search(text) for text in stop]
         self._held = ""
         self.stopped = False
 
@@ -40,20 +40,41 @@ class AnswerText:
     def _take(self, text: str) -> str:
         if self.stopped:
             return ""
-        self._held += text
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
-            certain, self._held, self.stopped = self._held[: min(found)], "", True
-            return certain
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        certain = self._held[: len(self._held) - keep]
-        self._held = self._held[len(certain) :]
-        return certain
+        begins = [at for at in (stop.take(text) for stop in self._stops) if at is not None]
+        held, self._held = self._held + text, ""
+        if begins:
+            self.stopped = True
+            return held[: len(held) - len(text) + min(begins)]
+        keep = max((stop.matched for stop in self._stops), default=0)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of text that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
+class _Search:
+    """One stop string. Looks once at each letter, however often the beginning of the string comes
+    (Knuth, Morris, Pratt)."""
+
+    def __init__(self, wanted: str) -> None:
+        self._wanted = wanted
+        self.matched = 0
+        """How long an end of the text so far is a beginning of the string."""
+        # After i letters of the string, the longest shorter beginning that they end with.
+        self._shorter = [0] * (len(wanted) + 1)
+        length = 0
+        for i in range(1, len(wanted)):
+            length = self._next(length, wanted[i])
+            self._shorter[i + 1] = length
+
+    def take(self, text: str) -> int | None:
+        """Where the string begins, counted from this text's own beginning; None if it has not come
+        to its end."""
+        for i, letter in enumerate(text):
+            self.matched = self._next(self.matched, letter)
+            if self.matched == len(self._wanted):
+                return i + 1 - len(self._wanted)
+        return None
+
+    def _next(self, length: int, letter: str) -> int:
+        while length and self._wanted[length] != letter:
+            length = self._shorter[length]
+        return length + (self._wanted[length] == letter)

@@ -41,8 +41,9 @@ class Connection(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._end: asyncio.TimerHandle | None = None
         self._in_head = True
-        self._heads = 0
-        self._head_bytes = 0
+        self._told = 0  # what the parser has made of the bytes so far
+        self._silent_bytes = 0  # since it last told anything
+        self._header_bytes = 0  # of a request's address, header and trailers
         self._thrown_bytes = 0
         self._refused = False
         self._lost = False
@@ -74,14 +75,16 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        heads, in_head = self._heads, self._in_head
+        told = self._told
         super().data_received(data)
-        if in_head and self._in_head and heads == self._heads:
-            self._head_bytes += len(data)
-            if self._head_bytes > _HEAD_BYTES and not self._refused:
-                self._refuse(431, f"the header is longer than {_HEAD_BYTES:,} bytes")
+        self._silent_bytes = self._silent_bytes + len(data) if told == self._told else 0
+        self._check_length()
         if len(self.pipeline) > _MOST_PIPELINED:
             self.abort()
+
+    def _check_length(self) -> None:
+        if max(self._silent_bytes, self._header_bytes) > _HEAD_BYTES and not self._refused:
+            self._refuse(431, f"the header is longer than {_HEAD_BYTES:,} bytes")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
@@ -90,19 +93,37 @@ class Connection(HttpToolsProtocol):
     # -- the parser's calls ---------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        self._header_bytes = 0
         super().on_message_begin()
         self.scope["state"]["abort"] = self.abort
         if self._deadline is None:
             self._wait(self.settings.head_timeout_s)
 
+    def on_url(self, url: bytes) -> None:
+        self._header_bytes += len(url)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A line of the header, or of the trailers, for which there is no other bound."""
+        self._told += 1
+        self._header_bytes += len(name) + len(value) + 4  # ": " and the line end
+        self._check_length()
+        if not self._refused:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
+        self._told += 1
+        if self._refused:
+            return
         self._in_head = False
-        self._heads += 1
-        self._head_bytes = self._thrown_bytes = 0
+        self._thrown_bytes = 0
         self._wait(self.settings.body_timeout_s + _BODY_GRACE_S)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._told += 1
+        if self._refused:
+            return
         if self.cycle.response_complete:
             self._thrown_bytes += len(body)
             if self._thrown_bytes > _THROWN_AWAY * self.settings.body_bytes:
@@ -110,14 +131,19 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._told += 1
+        if self._refused:
+            return
         self._in_head = True
+        self._header_bytes = 0
         self._stop_waiting()
         super().on_message_complete()
 
     # -- ends -----------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
+        if not self._refused:
+            self._refuse(400, msg)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -160,7 +186,7 @@ class Connection(HttpToolsProtocol):
             self._wait(self.settings.head_timeout_s)  # it is our answer that takes its time
         elif not self._in_head:
             self.abort()
-        elif self._head_bytes:
+        elif self._silent_bytes or self._header_bytes:
             patience_s = self.settings.head_timeout_s
             self._refuse(408, f"the header did not arrive within {patience_s:g} s")
         else:
@@ -170,10 +196,10 @@ class Connection(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _refuse(self, status: int, message: str, *, retry: bool = False) -> None:
+        self._refused = True
         if self._is_answering():
             self.abort()  # a second answer must not get into the first
             return
-        self._refused = True
         self._stop_waiting()
         self._unset_keepalive_if_required()
         self.connections.discard(self)

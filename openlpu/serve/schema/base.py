@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from openlpu.engine.sampling import Sampling
+from openlpu.engine.sampling import STOP_LETTERS, Sampling
 from openlpu.serve.errors import ApiError
 
 MOST_CHOICES = 128
 MOST_STOPS = 16
 _MOST_BIASES = 4096
 _PENALTY = Field(ge=-2.0, le=2.0)
+_Stop = Annotated[str, Field(min_length=1, max_length=STOP_LETTERS)]
 
 
 class Body(BaseModel):
@@ -41,11 +42,7 @@ class Controls(Body):
     """By token id."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     """Choice i of a prompt has seed + i. One is drawn if none is given; a receipt tells it."""
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MOST_STOPS)]
-        | None
-    ) = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     service_tier: Literal["auto", "default", "on_demand"] | None = None
