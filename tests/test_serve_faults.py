@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from small_api import Api, roomy_model, serving_api
 from small_service import bearer, received, until
 from test_serve_structured import REFUSED_SCHEMAS
@@ -26,8 +27,15 @@ import openlpu
 from openlpu import knobs
 from openlpu.engine.batcher import Engine
 from openlpu.host import HostModel
+from openlpu.serve.app import malformed
 from openlpu.serve.database import Database
+from openlpu.serve.embeddings import EmbeddingRequest
 from openlpu.serve.keys import KeyStore
+from openlpu.serve.schema.base import Body
+from openlpu.serve.schema.chat import ChatRequest
+from openlpu.serve.schema.completions import CompletionRequest
+from openlpu.serve.schema.responses import ResponseRequest
+from openlpu.serve.tokens import DetokenizeRequest, TokenizeRequest
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONG = {"model": "tiny", "prompt": "Hi", "max_tokens": 1800, "ignore_eos": True}
@@ -240,6 +248,44 @@ def test_malformed_bodies_are_refused_in_a_line(
         assert said(api, SHORT) == right
         events = [json.loads(line)["event"] for line in api.log.getvalue().splitlines()]
         assert set(events) == {"request"}
+
+
+MILLION = [{}] * 1_000_000
+SAID = {"model": "x", "messages": [{"role": "user", "content": "Hi"}]}
+MILLIONS: list[tuple[type[Body], dict[str, Any]]] = [
+    (ChatRequest, {"model": "x", "messages": MILLION}),
+    (ChatRequest, {**SAID, "messages": [{"role": "assistant", "tool_calls": MILLION}]}),
+    (ChatRequest, {**SAID, "messages": [{"role": "user", "content": MILLION}]}),
+    (ChatRequest, {**SAID, "logit_bias": dict.fromkeys(map(str, range(1_000_000)), "")}),
+    (ChatRequest, {**SAID, "metadata": dict.fromkeys(map(str, range(1_000_000)), 1)}),
+    (ChatRequest, {**SAID, **dict.fromkeys(map(str, range(1_000_000)))}),
+    (ChatRequest, {**SAID, "messages": [dict.fromkeys(map(str, range(1_000_000)))]}),
+    (ChatRequest, {**SAID, "stop": MILLION}),
+    (ChatRequest, {**SAID, "tools": MILLION}),
+    (ChatRequest, {**SAID, "modalities": MILLION}),
+    (CompletionRequest, {"model": "x", "prompt": MILLION}),
+    (CompletionRequest, {"model": "x", "prompt": [MILLION]}),
+    (CompletionRequest, {"model": "x", "prompt": [[1], MILLION]}),
+    (ResponseRequest, {"model": "x", "input": MILLION}),
+    (ResponseRequest, {"model": "x", "input": [{"role": "user", "content": MILLION}]}),
+    (ResponseRequest, {"model": "x", "input": "Hi", "tools": MILLION}),
+    (ResponseRequest, {"model": "x", "input": "Hi", "include": MILLION}),
+    (EmbeddingRequest, {"model": "x", "input": MILLION}),
+    (EmbeddingRequest, {"model": "x", "input": [MILLION]}),
+    (TokenizeRequest, {"messages": MILLION}),
+    (DetokenizeRequest, {"tokens": MILLION}),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), MILLIONS)
+def test_a_million_faults_are_told_as_one(kind: type[Body], body: dict[str, Any]) -> None:
+    """Whoever checks bodies serves all the others, too: nobody can make it count."""
+    started_s = time.process_time()
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 20
+    assert malformed(caught.value.errors()).status == 400
+    assert time.process_time() - started_s < 1
 
 
 def test_bodies_that_are_too_long_are_not_kept(

@@ -161,10 +161,10 @@ def malformed(errors: Sequence[Any]) -> ApiError:
     if found["type"] == "missing":
         what = f"{param} is missing" if param else "the body is missing"
         return ApiError(400, what, param=param, code="missing_required_parameter")
-    if param is None:
+    if param is None and found["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "the body must be a JSON object, sent with content-type: application/json"
         return ApiError(400, message, code="invalid_value")
-    message = f"{param}: {found['msg'][:1].lower()}{found['msg'][1:]}"
+    message = f"{param or 'the body'}: {found['msg'][:1].lower()}{found['msg'][1:]}"
     return ApiError(400, message[:300], param=param, code="invalid_value")
 
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from fastapi import APIRouter, Header, Request, Response
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from openlpu.engine.embed import FinalNorm, Mean, final_norm, reading
 from openlpu.engine.model import Model
 from openlpu.errors import LpuError
 from openlpu.serve.errors import ApiError
 from openlpu.serve.receipt import embedded, receipt_of
+from openlpu.serve.schema.base import Body, Many
 
 if TYPE_CHECKING:
     from openlpu.serve.service import Service
@@ -33,23 +34,20 @@ _AT_ONCE = 16  # of one request
 
 router = APIRouter()
 
-_Token = Annotated[int, Field(ge=0, strict=True)]
-_Text = Annotated[str, Field(strict=True)]
+_Token = Annotated[int, Field(ge=0)]
 
 
-class EmbeddingRequest(BaseModel):
+class EmbeddingRequest(Body):
     """What OpenAI's clients send."""
 
-    model_config = ConfigDict(extra="forbid")
-
     input: (
-        _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=MOST_INPUTS)]
-        | Annotated[list[_Token], Field(min_length=1)]
-        | Annotated[list[list[_Token]], Field(min_length=1, max_length=MOST_INPUTS)]
+        str
+        | Annotated[Many[str], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[Many[_Token], Field(min_length=1)]
+        | Annotated[Many[Many[_Token]], Field(min_length=1, max_length=MOST_INPUTS)]
     )
     model: str
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     user: str | None = None
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from openlpu.errors import LpuError
 from openlpu.serve.endpoint import endpoint_of, json_response
 from openlpu.serve.errors import ApiError, api_error
-from openlpu.serve.schema.base import Body
+from openlpu.serve.schema.base import Body, Many
 from openlpu.serve.schema.chat import FunctionTool, Message
 from openlpu.serve.tools import read_tools
 
@@ -23,8 +23,8 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    messages: Annotated[Many[Message], Field(min_length=1)] | None = None
+    tools: Annotated[Many[FunctionTool], Field(max_length=128)] | None = None
 
 
 class Tokens(BaseModel):
@@ -39,7 +39,7 @@ class DetokenizeRequest(Body):
     """Ids of tokens."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Many[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class Text(BaseModel):

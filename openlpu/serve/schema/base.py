@@ -5,24 +5,46 @@ Whatever is not named here or in a subclass is refused by its name.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from openlpu.engine.sampling import STOP_LETTERS, Sampling
 from openlpu.serve.errors import ApiError
 
 MOST_CHOICES = 128
 MOST_STOPS = 16
-_MOST_BIASES = 4096
+_MOST_FIELDS = 4096
 _PENALTY = Field(ge=-2.0, le=2.0)
 _Stop = Annotated[str, Field(min_length=1, max_length=STOP_LETTERS)]
+
+
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]
+"""A list, refused at its first bad element: a body holds a million of them, and pydantic would make
+an error of each."""
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        raise PydanticCustomError("too_long", f"at most {_MOST_FIELDS:,} fields are possible")
+    return value
+
+
+Table = Annotated[dict[str, Item], BeforeValidator(_few)]
+"""An object of any fields, but not of a million bad ones."""
 
 
 class Body(BaseModel):
     """A request or a part of one. Numbers are not read out of strings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: Any) -> Any:
+        return _few(data)
 
 
 class Controls(Body):
@@ -33,18 +55,13 @@ class Controls(Body):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     presence_penalty: Annotated[float, _PENALTY] | None = None
     frequency_penalty: Annotated[float, _PENALTY] | None = None
-    logit_bias: (
-        Annotated[
-            dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=_MOST_BIASES)
-        ]
-        | None
-    ) = None
+    logit_bias: Table[Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
     """By token id."""
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     """Choice i of a prompt has seed + i. One is drawn if none is given; a receipt tells it."""
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop: _Stop | Annotated[Many[_Stop], Field(max_length=MOST_STOPS)] | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Table[str] | None = None
     service_tier: Literal["auto", "default", "on_demand"] | None = None
     # -----
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None

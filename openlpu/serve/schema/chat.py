@@ -12,8 +12,10 @@ from openlpu.serve.schema.base import (
     MOST_CHOICES,
     Body,
     Controls,
+    Many,
     Shown,
     StreamOptions,
+    Table,
     Usage,
     XGroq,
 )
@@ -24,7 +26,7 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
-    cache_control: dict[str, str] | None = None
+    cache_control: Table[str] | None = None
     """Equal beginnings are found without it."""
 
 
@@ -49,9 +51,9 @@ class Message(Body):
     """One turn of the conversation. The last fields are what answers carry, and must be empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[GivenCall] | None = None
+    tool_calls: Many[GivenCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     audio: None = None
@@ -152,7 +154,7 @@ class ChatRequest(Controls):
     """What OpenAI's clients send."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
@@ -161,10 +163,10 @@ class ChatRequest(Controls):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tools: Annotated[Many[FunctionTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     store: Literal[False] | None = None
     prompt_cache_key: str | None = None
     """Equal beginnings are found without it."""

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from openlpu.engine.logprobs import MOST
-from openlpu.serve.schema.base import MOST_CHOICES, Controls, Shown, StreamOptions, Usage, XGroq
+from openlpu.serve.schema.base import (
+    MOST_CHOICES,
+    Controls,
+    Many,
+    Shown,
+    StreamOptions,
+    Usage,
+    XGroq,
+)
 from openlpu.serve.schema.chat import ResponseFormat
 
 MOST_PROMPTS = 2048
@@ -20,10 +28,10 @@ class CompletionRequest(Controls):
     model: str
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[_Token], Field(min_length=1)]
+        | Annotated[Many[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[Many[_Token], Field(min_length=1)]
         | Annotated[
-            list[Annotated[list[_Token], Field(min_length=1)]],
+            Many[Annotated[Many[_Token], Field(min_length=1)]],
             Field(min_length=1, max_length=MOST_PROMPTS),
         ]
     )
