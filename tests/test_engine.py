@@ -262,6 +262,16 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) 
         assert got == text[: min(start for end, start in ends if end == first_end)]
 
 
+def test_a_bias_of_no_token_is_refused(engine: Engine, compiled: Compiled) -> None:
+    biased = Sampling(logit_bias=((compiled.config.vocab_size, 1.0),))
+    with pytest.raises(RequestError, match="logit_bias names token"):
+        engine.submit([1, 2], biased)
+    sequence = engine.open()
+    with pytest.raises(RequestError, match="logit_bias names token"):
+        engine.ask(sequence, [1, 2], biased)
+    engine.close(sequence)
+
+
 class Pieces:
     """Each token is a whole text."""
 

@@ -216,10 +216,6 @@ def finer_logprob(receipt: dict[str, Any]) -> None:
     entry[1] = float(np.nextafter(entry[1], 0))
 
 
-def fewer_logprobs(receipt: dict[str, Any]) -> None:
-    del receipt["answers"][2]["token_logprobs"][-1]
-
-
 def other_reason(receipt: dict[str, Any]) -> None:
     receipt["answers"][0]["finish_reason"] = "stop"
 
@@ -240,7 +236,6 @@ def other_prompt(receipt: dict[str, Any]) -> None:
         (longer, 0, 40, 0),
         (other_logprob, 2, None, 1),
         (finer_logprob, 2, None, 1),
-        (fewer_logprobs, 2, None, 1),
         (other_reason, 0, None, 0),
         (other_seed, 2, ..., ...),
         (other_prompt, 8, ..., 0),
@@ -303,6 +298,32 @@ def test_malformed_receipts_are_refused(honest: dict[str, Any], place: str, valu
         read_receipt(text_of(receipt))
     assert place.split(".")[0] in str(caught.value) or "JSON" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def fewer_logprobs(receipt: dict[str, Any]) -> None:
+    del receipt["answers"][2]["token_logprobs"][-1]
+
+
+def more_logprobs(receipt: dict[str, Any]) -> None:
+    receipt["answers"][2]["token_logprobs"].append([1, -0.5, []])
+
+
+def made_up_logprobs(receipt: dict[str, Any]) -> None:
+    receipt["answers"][2]["logprobs"] = None
+
+
+def nothing(receipt: dict[str, Any]) -> None:
+    receipt["answers"] = receipt["embeddings"] = []
+
+
+@pytest.mark.parametrize("change", [fewer_logprobs, more_logprobs, made_up_logprobs, nothing])
+def test_what_would_not_be_compared_is_refused(
+    honest: dict[str, Any], change: Callable[[dict[str, Any]], object]
+) -> None:
+    receipt = json.loads(text_of(honest))
+    change(receipt)
+    with pytest.raises(RequestError, match=r"not a receipt: .*(log probability|no answer)"):
+        read_receipt(text_of(receipt))
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_bad_requests_are_refused_by_name(bench: Bench, change: dict[str, Any], 
     answer = asyncio.run(ask())
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
-    assert bench.charged == []
+    assert sum(used[1] for used in bench.charged) <= 1  # of a good prompt behind a bad one
     bench.model.engine.step()
     assert bench.model.engine.sequences == 0
 
@@ -227,17 +227,20 @@ def test_errors_are_those_that_openais_client_knows(bench: Bench) -> None:
 def test_a_client_that_leaves_frees_everything(bench: Bench) -> None:
     async def leave() -> None:
         texts = ["x" * 200 + str(i) for i in range(100)]
+        begun: list[int] = []
         task = asyncio.create_task(
             embeddings._vectors(
                 bench.app.state.service,
                 embeddings.final_norm(bench.model.compiled),
                 [bench.model.tokenize(text) for text in texts],
+                begun,
             )
         )
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert 0 < len(begun) < 100
 
     asyncio.run(leave())
     bench.model.engine.step()

@@ -218,7 +218,10 @@ def test_any_text_is_read_without_loss(parts: list[str], cut: int) -> None:
     pieces.flush()
     assert (whole.content, whole.calls) == (pieces.content, pieces.calls)
     if not whole.calls:
-        assert "".join(whole.content.split()) == "".join(text.split())
+        content, all_text = ("".join(said.split()) for said in (whole.content, text))
+        dropped = all_text.removeprefix(content)
+        assert content + dropped == all_text
+        assert not dropped or '<tool_call>{"name":"f",'.startswith(dropped)
 
 
 def test_an_answer_cut_short_keeps_what_came() -> None:
@@ -228,8 +231,10 @@ def test_an_answer_cut_short_keeps_what_came() -> None:
         if calls:
             assert CALL.split('"arguments": ')[1].startswith(calls[0].arguments)
             assert content is None
+            assert calls[0].whole == (end == len(CALL) - 4)
         else:
-            assert content == CALL[:end]
+            assert content == ""  # the name has not come: there is nothing to tell
+    assert parse_answer("<tool_call>\n{1")[0] == "<tool_call>\n{1"
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,11 @@ class Engine:
         return answer
 
     def _answer(self, ids: list[int], sampling: Sampling, request: Request) -> Answer:
+        for token, _ in sampling.logit_bias:
+            if token >= self._vocab_size:
+                raise RequestError(
+                    f"logit_bias names token {token:,}, and the vocabulary has {self._vocab_size:,}"
+                )
         if sampling.ignore_eos:
             request = replace(request, end_ids=frozenset())
         if request.reader is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _REFUSALS = {
     405: "The endpoint has another method.",
     408: "The request did not arrive in time.",
     413: "The body is too long.",
+    415: "The body is compressed.",
     429: "The key's limit is reached; Retry-After says when to come back.",
     431: "The header is too long.",
     500: "The service failed.",
@@ -146,17 +148,20 @@ def malformed(errors: Sequence[Any]) -> ApiError:
     """What pydantic found, as one refusal. Of the alternatives of a union, which all complain, the
     one that was followed furthest is meant."""
 
-    def weight(found: Any) -> tuple[int, int]:
-        telling = ("missing", "literal_error", "extra_forbidden")
+    def weight(found: Any) -> tuple[bool, int, int]:
         kind = found["type"]
         # Another type of thing lacks fields and has others: its type is what is wrong.
-        return len(found["loc"]), telling.index(kind) if kind in telling else 1
+        telling = {"missing": 0, "literal_error": 1, "extra_forbidden": 2}
+        if kind.startswith(("less_than", "greater_than", "string_too")):
+            telling[kind] = 3
+        return kind == "too_long", len(found["loc"]), telling.get(kind, 1)
 
     found = max(errors, key=weight)
     param = parameter(found["loc"])
     if found["type"] == "json_invalid":
         return ApiError(400, "the body is no JSON document")
-    if found["type"] == "extra_forbidden":
+    only = found.get("ctx", {}).get("expected")
+    if found["type"] in ("extra_forbidden", "none_required") or only == "False":
         return ApiError(400, f"{param} is not supported", param=param, code="unsupported_parameter")
     if found["type"] == "missing":
         what = f"{param} is missing" if param else "the body is missing"
@@ -171,16 +176,22 @@ def malformed(errors: Sequence[Any]) -> ApiError:
 def parameter(loc: Sequence[str | int]) -> str | None:
     """A place such as messages[0].content, without the names of our own types in it."""
     path = ""
+    is_tag = False  # the name of an alternative follows those fields
     for part in loc[1:]:
+        if is_tag and isinstance(part, str):
+            is_tag = False
+            continue
         if isinstance(part, int):
             path += f"[{part}]"
         elif not path:
             path = part
         elif part.isidentifier() and part.islower() and part not in _TYPES:
             path += f".{part}"
+        is_tag = part in ("response_format", "format") or _ITEM.fullmatch(path) is not None
     return path[:100] or None
 
 
+_ITEM = re.compile(r"input\[\d+\]")
 _TYPES = frozenset({"str", "int", "float", "bool", "none", "constrained", "nullable"})
 
 

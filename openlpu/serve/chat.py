@@ -131,7 +131,8 @@ class _Told(Telling):
 
 def _reason(choice: Choice, calls: list[ToolCall]) -> str | None:
     """Why a choice has ended; calls that were cut are no reason."""
-    return "tool_calls" if calls and choice.finish_reason == "stop" else choice.finish_reason
+    made = choice.finish_reason == "stop" and calls and calls[-1].whole
+    return "tool_calls" if made else choice.finish_reason
 
 
 def _delta(

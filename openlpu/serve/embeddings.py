@@ -92,13 +92,15 @@ async def create_embeddings(
     if body.dimensions not in (None, norm.dimensions):
         message = f"dimensions is {body.dimensions}; this model has {norm.dimensions}, and no other"
         raise ApiError(400, message, param="dimensions", code="unsupported_value")
+    begun: list[int] = []
     try:
         prompts = await asyncio.to_thread(_prompts, service, body)
-        vectors = await _vectors(service, norm, prompts)
+        vectors = await _vectors(service, norm, prompts, begun)
     except LpuError as error:
         raise ApiError(400, str(error), param="input") from None
-    tokens = sum(len(prompt) for prompt in prompts)
-    request.state.caller.charge(service.model.name, tokens, 0, 0)
+    finally:
+        if begun:  # to leave early does not make them cheaper
+            request.state.caller.charge(service.model.name, sum(begun), 0, 0)
     told = service.model if x_lpu_receipt == "true" else None
     text = await asyncio.to_thread(_answer, body, prompts, vectors, told)
     return Response(text, media_type="application/json")
@@ -119,20 +121,24 @@ def _prompts(service: Service, body: EmbeddingRequest) -> list[list[int]]:
     ]
 
 
-async def _vectors(service: Service, norm: FinalNorm, prompts: Items[list[int]]) -> list[F32]:
-    """In the order of the prompts. Raises LpuError, and ApiError when the queue is full."""
+async def _vectors(
+    service: Service, norm: FinalNorm, prompts: Items[list[int]], begun: list[int]
+) -> list[F32]:
+    """In the order of the prompts; begun: gets the length of each one that the engine takes. Raises
+    LpuError, and ApiError when the queue is full."""
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def one(tokens: list[int]) -> F32:
         async with room:
             mean = Mean(norm)
             feed = await service.worker.submit(tokens, *reading(mean))
+            begun.append(len(tokens))
             try:
                 async for _ in feed:
                     pass
             finally:
                 feed.cancel()
-            service.metrics.observe_answer(feed.answer)
+                service.metrics.observe_answer(feed.answer)
             if feed.answer.error is not None:
                 raise feed.answer.error
             if feed.answer.finish_reason != "stop":

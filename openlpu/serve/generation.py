@@ -258,9 +258,12 @@ class Generation:
         if self._closed:
             return
         self._closed = True
+        firsts = {choice.index for choice in self._first_choices}
         for choice in self.choices:
             choice.feed.cancel()
-            self._service.metrics.observe_answer(choice.feed.answer)
+            self._service.metrics.observe_answer(
+                choice.feed.answer, choice.finish_reason, counts_prompt=choice.index in firsts
+            )
         if self.choices:
             counts = (self.prompt_tokens, self.cached_tokens, self.completion_tokens)
             self._caller.charge(self._service.model.name, *counts)

@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import json
 import math
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -40,6 +41,8 @@ _UNTOLD = "/stats"  # the page asks twice a second: only refusals are worth a li
 _MOST_BODIES = 64  # of full length, held at once
 _WRITE_S = 1.0
 _LAST_WORDS_S = 1.0
+_LOOK_AGAIN_S = 0.5  # for keys that are revoked
+_HOST = re.compile(r"(\[[^][]*\]|[^][:@]*)(?::\d*)?")
 _GONE_STATUS = 499  # in the log only: nobody reads the answer
 
 
@@ -138,8 +141,9 @@ class Guard:
         """Without keys, only who calls this machine by its own names is served: a page from
         elsewhere, whose name was made to mean this machine, must not be. Raises ApiError 403."""
         sent = [value for name, value in scope["headers"] if name == b"host"]
-        name = sent[0].decode("latin-1").lower() if sent else "localhost"
-        name = name.partition("]")[0].strip("[") if name[:1] == "[" else name.partition(":")[0]
+        host = sent[0].decode("latin-1").lower() if sent else "localhost"
+        parts = _HOST.fullmatch(host)
+        name = host if parts is None else parts[1].strip("[]")
         if name in {"localhost", self.settings.host.lower()} or name.endswith(".localhost"):
             return
         try:
@@ -233,6 +237,9 @@ class _Exchange:
         for name, value in self._scope["headers"]:
             if name == b"content-length" and int(value) > settings.body_bytes:
                 raise self._too_large()
+            if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+                message = "content-encoding: bodies are read as they are, not compressed"
+                raise ApiError(415, message, code="unsupported_encoding")
         if caller.key is not None and self._scope["method"] == "POST":
             try:
                 guard.limits.check(caller.key)
@@ -282,7 +289,7 @@ class _Exchange:
 
     async def _run_app(self) -> None:
         guard = self._guard
-        watch = asyncio.create_task(self._watch())
+        watches = [asyncio.create_task(self._watch()), asyncio.create_task(self._watch_key())]
         loop = asyncio.get_running_loop()
         timer = loop.call_later(guard.settings.request_timeout_s, self._time_is_up)
         try:
@@ -294,7 +301,8 @@ class _Exchange:
                 message = f"the service failed; its log says more about {self._id}"
                 self._cut = ApiError(500, message, type="server_error")
         finally:
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
             timer.cancel()
 
     async def _watch(self) -> None:
@@ -304,6 +312,18 @@ class _Exchange:
         self._gone.set()
         if not self._complete:
             self._stop_app()
+
+    async def _watch_key(self) -> None:
+        """Stop the application when its key is revoked before it has anything to send."""
+        caller = self._caller
+        assert caller is not None
+        while caller.key is not None:
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            if caller.revoked() and self._cut is None:
+                self._cut = _unauthorized("revoked")
+                if not self._is_sending:
+                    self._stop_app()
+                return
 
     def _time_is_up(self) -> None:
         most_s = self._guard.settings.request_timeout_s

@@ -114,13 +114,18 @@ class Metrics:
         else:
             self.recent_token.add(last_s, (last_s - since_s) / new)
 
-    def observe_answer(self, answer: Answer) -> None:
-        """An answer has ended, for whatever reason."""
-        self._answers.labels("error" if answer.error else answer.finish_reason or "none").inc()
+    def observe_answer(
+        self, answer: Answer, reason: str | None = None, *, counts_prompt: bool = True
+    ) -> None:
+        """An answer has ended. reason: why, where it is not the engine that knows.
+        counts_prompt: whether it is the first one to its prompt."""
+        reason = reason or answer.finish_reason or "none"
+        self._answers.labels("error" if answer.error else reason).inc()
         if answer.first_step_s is not None:
             self._queue_s.observe(answer.first_step_s - answer.started_s)
-            self._prompt.inc(answer.prompt_length)
-            self._cached.inc(answer.reused)
+            if counts_prompt:
+                self._prompt.inc(answer.prompt_length)
+                self._cached.inc(answer.reused)
         tokens = len(answer.generated)
         if answer.first_token_s is not None and answer.last_token_s is not None:
             self._first_token_s.observe(answer.first_token_s - answer.started_s)

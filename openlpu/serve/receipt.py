@@ -17,9 +17,11 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Items
-from typing import Annotated, Any, Literal
+from itertools import zip_longest
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from openlpu.engine import Model
 from openlpu.engine.embed import embed
@@ -105,6 +107,12 @@ class Answered(_Part):
     ]
     finish_reason: FinishReason
 
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if len(self.token_logprobs) != (0 if self.logprobs is None else len(self.tokens)):
+            raise PydanticCustomError("incomplete", "there is no log probability for each token")
+        return self
+
 
 class Embedded(_Part):
     """One embedding: float32, little-endian, in base64."""
@@ -122,6 +130,12 @@ class Receipt(_Part):
     answers: Annotated[tuple[Answered, ...], Field(max_length=4096)]
     embeddings: Annotated[tuple[Embedded, ...], Field(max_length=4096)]
     sha256: _Sha256
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> Self:
+        if not (self.answers or self.embeddings):
+            raise PydanticCustomError("empty", "it holds no answer")
+        return self
 
     def digest(self) -> str:
         """Hex sha256 over the canonical form of all other fields."""
@@ -199,7 +213,8 @@ def read_receipt(data: bytes | str) -> Receipt:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"not a receipt: {place}: {first['msg']}"[:300]) from None
+        told = f"{place}: {first['msg']}" if place else first["msg"]
+        raise RequestError(f"not a receipt: {told}"[:300]) from None
     if receipt.digest() != receipt.sha256:
         raise RequestError("the receipt is damaged: its sha256 is another one")
     if receipt.contract != CONTRACT:
@@ -297,13 +312,13 @@ def _repeat(model: Model, record: Answered, grammars: Grammars) -> Repeated:
     difference = _first_difference(record.tokens, tokens)
     length = len(tokens) if difference is None else difference
     theirs, ours = record.token_logprobs[:length], answer.logprobs[:length]
-    missing = 0 if record.logprobs is None else length - len(theirs)
     return Repeated(
         kind="answer",
         tokens=len(record.tokens),
         first_difference=difference,
-        differing_logprobs=missing
-        + sum(_bits(*a) != _bits_of(b) for a, b in zip(theirs, ours, strict=False)),
+        differing_logprobs=sum(
+            a is None or b is None or _bits(*a) != _bits_of(b) for a, b in zip_longest(theirs, ours)
+        ),
         finish_reason=record.finish_reason,
         repeated_finish_reason=reason,
         text="".join(parts),

@@ -143,7 +143,10 @@ class _Told:
             yield told
         cut = choice.finish_reason == "length"
         told = "" if self._output else self._begin_message()
-        told += self._finish("incomplete" if cut else "completed")
+        calls = parser.calls if parser is not None else []
+        in_call = self._open and self._output[-1]["type"] == "function_call"
+        is_whole = calls[-1].whole if in_call else not cut
+        told += self._finish("completed" if is_whole else "incomplete")
         generation.close()
         prompt, completion = generation.prompt_tokens, generation.completion_tokens
         self.last = {

@@ -33,6 +33,7 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
 _TAIL = re.compile(r"\s*\}\s*</tool_call>")
+_ANY_HEAD = '{"name": "x", "arguments": {'
 _HEAD_CHARS, _TAIL_CHARS = 256, 64  # where neither has come after so many, none will
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
 _SYSTEM: Final = """\
@@ -138,7 +139,9 @@ def read_tools(
         )
     if tool_choice == "none":
         return None
-    return ToolUse(known, callable_, must_call, parallel_tool_calls is not False)
+    # Who names a function wants one call of it.
+    parallel = parallel_tool_calls is not False and not isinstance(tool_choice, Mapping)
+    return ToolUse(known, callable_, must_call, parallel)
 
 
 def _tool(tool: Any, where: str) -> Tool:
@@ -297,6 +300,8 @@ class ToolCall:
     name: str
     arguments: str = ""
     """JSON text."""
+    whole: bool = False
+    """Whether the arguments have come to their end."""
 
     def as_json(self) -> dict[str, Any]:
         """As chat completions have it."""
@@ -334,7 +339,8 @@ class CallParser:
         """What was held back, once no text follows."""
         held, self._held = self._held, ""
         if self._read == self._read_head:
-            return self._said(_OPEN + held)
+            is_cut_call = any(_HEAD.match(held + _ANY_HEAD[i:]) for i in range(len(_ANY_HEAD) + 1))
+            return [] if is_cut_call else self._said(_OPEN + held)
         if self._read == self._read_tail or (self.calls and not held.strip()):
             return []
         return self._said(held)
@@ -371,6 +377,7 @@ class CallParser:
         piece, self._held = self._held[:end], self._held[end:]
         if self._depth == 0 and piece:
             self._read = self._read_tail
+            self.calls[-1].whole = True
         self.calls[-1].arguments += piece
         return [self._delta({"function": {"arguments": piece}})] if piece else None
 
