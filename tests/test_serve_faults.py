@@ -431,6 +431,47 @@ def test_a_key_revoked_elsewhere_ends_its_streams_and_no_others(
         assert answer.status_code == 401
 
 
+def test_a_revoked_key_ends_whole_answers_and_who_leaves_has_used_what_was_computed(
+    model: openlpu.Model, tmp_path: Path
+) -> None:
+    with serving_api(model, tmp_path) as api, contextlib.closing(Database(tmp_path)) as other:
+        keys = KeyStore(other)
+        (bob, bob_secret), (ada, ada_secret) = keys.add("Bob"), keys.add("Ada")
+        slowed = slow(model, 0.02)
+        try:
+            with ThreadPoolExecutor(1) as clients:
+                whole = clients.submit(api.post, COMPLETIONS, LONG, headers=bearer(bob_secret))
+                until(lambda: api.worker.running == 1 and api.worker.steps > 5)
+                keys.revoke(bob.id)
+                revoked_s = time.monotonic()
+                assert whole.result().status_code == 401
+                assert refusal(whole.result())["code"] == "invalid_api_key"
+                assert time.monotonic() - revoked_s < 3.0
+            inputs = {"model": "tiny", "input": ["x" * 1000] * 40}
+            with pytest.raises(httpx.ReadTimeout):
+                url, sent = f"{api.url}/v1/embeddings", bearer(ada_secret)
+                httpx.post(url, json=inputs, headers=sent, timeout=0.5)
+        finally:
+            slowed()
+        until(lambda: idle(api))
+        assert api.service.usage is not None
+        until(lambda: api.service.usage.totals(ada.id).prompt_tokens >= 1000)  # type: ignore[union-attr]
+        page = httpx.get(api.url + "/metrics", headers=bearer(ada_secret)).text
+        assert 'lpu_answers_total{finish_reason="cancelled"}' in page
+
+
+def test_metrics_tell_why_answers_ended_as_the_client_was_told(
+    model: openlpu.Model, tmp_path: Path
+) -> None:
+    with serving_api(model, tmp_path) as api:
+        text = api.post(COMPLETIONS, SHORT).json()["choices"][0]["text"]
+        answer = api.post(COMPLETIONS, {**SHORT, "stop": text[1:3], "n": 3}).json()
+        assert [choice["finish_reason"] for choice in answer["choices"]] == ["stop"] * 3
+        page = httpx.get(api.url + "/metrics").text
+        assert 'lpu_answers_total{finish_reason="stop"} 3.0' in page
+        assert f"lpu_prompt_tokens_total {2 * answer['usage']['prompt_tokens']}.0" in page
+
+
 def slow(model: openlpu.Model, pause_s: float) -> Callable[[], None]:
     """Let each step take longer; the result undoes it."""
     step = model.engine.step

@@ -194,6 +194,39 @@ def test_tools(client: OpenAI, api: Api) -> None:
     ]
     after = client.chat.completions.create(model="tiny", messages=talk, max_tokens=3)
     assert after.choices[0].finish_reason == "length"
+    del options["parallel_tool_calls"]  # who names a function wants one call
+    alone = client.chat.completions.create(**options).choices[0].message.tool_calls
+    assert alone is not None
+    assert [one.function.arguments for one in alone] == [call.function.arguments]  # type: ignore[union-attr]
+
+
+def test_a_stop_string_in_a_call_is_no_call_made(client: OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "?"}],
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "max_tokens": 120,
+        "seed": 1,
+        "stop": ["days"],
+    }
+    choice = client.chat.completions.create(**options).choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.message.tool_calls is not None
+    call = choice.message.tool_calls[0]
+    assert call.type == "function"
+    assert call.function.arguments.endswith('"')
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    told = client.responses.create(
+        model="tiny",
+        input="?",
+        tools=[{"type": "function", "strict": True, **TOOLS[0]["function"]}],
+        tool_choice="required",
+        max_output_tokens=120,
+        extra_body={"seed": 1, "stop": ["days"]},
+    )
+    assert [item.status for item in told.output] == ["incomplete"]
 
 
 def test_regex_and_grammar(client: OpenAI) -> None:

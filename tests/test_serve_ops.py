@@ -151,6 +151,21 @@ def test_what_is_no_http_gets_one_answer(served: Served, garbage: bytes) -> None
     assert served.post("/v1/echo").status_code == 200
 
 
+def test_a_compressed_body_is_refused(served: Served) -> None:
+    answer = served.post("/v1/echo", content=b"x", headers={"content-encoding": "gzip"})
+    assert answer.status_code == 415
+    assert served.post("/v1/echo", headers={"content-encoding": "identity"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.com", "[::1].evil.com", "localhost:80@evil", "localhost.evil.com", "[::1", ""]
+)
+def test_strange_names_are_refused(served: Served, host: str) -> None:
+    assert served.post("/v1/echo", headers={"host": host}).status_code == 403
+    for name in ("localhost:80", "127.0.0.1", "[::1]:8000", "a.localhost"):
+        assert served.post("/v1/echo", headers={"host": name}).status_code == 200
+
+
 def test_a_header_without_end_is_refused(served: Served) -> None:
     with served.connect() as client:
         client.sendall(b"GET / HTTP/1.1\r\n")

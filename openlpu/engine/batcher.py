@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from typing import Literal
@@ -210,6 +210,10 @@ class Engine:
         with self._lock:
             self._reclaim()
             shares = self._reserved(self._planned())
+            computing = {id(share.sequence) for share in shares}
+            self._give_back(s for s in self._open if id(s) not in computing)
+            for share in shares:
+                share.sequence.found = 0
             if not shares:
                 return []
             sampled: list[tuple[Sequence, int]] = []
@@ -273,10 +277,22 @@ class Engine:
             self.pages.find(sequence.pages, sequence.tokens[:-1])
             found = PAGE * len(sequence.pages) - sequence.cached
             sequence.cached += found
+            sequence.found = found
             if not answer.preempted:  # then they are its own
                 answer.reused += found
         if answer.first_step_s is None:
             answer.first_step_s = self.clock()
+
+    def _give_back(self, sequences: Iterable[Sequence]) -> None:
+        """Let those that compute nothing in this step hold nothing that it found: others need the
+        memory, and it will be found again."""
+        for sequence in sequences:
+            found, answer = sequence.found, sequence.answer
+            if found and answer is not None:
+                if not answer.preempted:
+                    answer.reused -= found
+                self._cut_cached(sequence, sequence.cached - found)
+            sequence.found = 0
 
     def _leading(self, running: list[Sequence]) -> list[Sequence]:
         """All but those whose next page another one computes already: they will find it."""
@@ -326,11 +342,15 @@ class Engine:
         order = self._by_urgency()
         after = order[order.index(urgent) + 1 :]
         for victim in [*(s for s in self._open if s.idle), *reversed(after)]:
-            if victim.pages:
+            if not victim.pages:
+                continue
+            if victim.found and victim.found == victim.cached:
+                self._give_back([victim])  # nothing is lost
+            else:
                 self._cut_cached(victim, 0)
                 if victim.busy and victim.answer is not None:
                     victim.answer.preempted += 1
-                return True
+            return True
         return False
 
     def _read(self, shares: list[Share]) -> None:

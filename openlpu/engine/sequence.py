@@ -77,6 +77,8 @@ class Sequence:
     submitted: bool = False
     """Whether the engine closes it when its answer ends."""
     lookup: PromptLookup = field(default_factory=PromptLookup)
+    found: int = 0
+    """How many of the last cached tokens this step found in known pages, and nobody computed."""
 
     @property
     def pending(self) -> int:
