@@ -118,9 +118,15 @@ def test_a_client_is_served(command: str, code: str, smollm2_path: Path, tmp_pat
     assert smollm2_path.is_file()
     with served(command, tmp_path) as url:
         assert "http://127.0.0.1:8000" in code
-        done = run_python("-c", code.replace("http://127.0.0.1:8000", url))
+        told = code.replace("http://127.0.0.1:8000", url)
+        done = run_python("-c", told.replace("answer.json", str(tmp_path / "answer.json")))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    assert "`lpu replay answer.json`" in README
+    command = ["replay", str(tmp_path / "answer.json")]
+    done = run_python("-c", "from openlpu.cli import main; main()", *command)
+    assert done.returncode == 0, done.stderr
+    assert "every bit agrees" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", [c for c in lpu_commands(README) if c.split()[1] != "serve"])

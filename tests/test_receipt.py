@@ -312,6 +312,13 @@ def made_up_logprobs(receipt: dict[str, Any]) -> None:
     receipt["answers"][2]["logprobs"] = None
 
 
+def test_a_whole_answer_holds_its_receipt(honest: dict[str, Any]) -> None:
+    answer = {"id": "x", "choices": [], "lpu_receipt": json.loads(text_of(honest))}
+    assert read_receipt(json.dumps(answer)) == read_receipt(text_of(honest))
+    with pytest.raises(RequestError, match="not a receipt"):
+        read_receipt(json.dumps({"lpu_receipt": answer}))
+
+
 def nothing(receipt: dict[str, Any]) -> None:
     receipt["answers"] = receipt["embeddings"] = []
 

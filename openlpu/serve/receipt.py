@@ -21,7 +21,7 @@ from itertools import zip_longest
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json, to_json
 
 from openlpu.engine import Model
 from openlpu.engine.embed import embed
@@ -203,13 +203,23 @@ def receipt_of(
 # -- reading and repeating one ----------------------------------------------------------------
 
 
+def _inner(data: bytes | str) -> bytes | str:
+    """The receipt in a whole answer; else what was given."""
+    try:
+        document = from_json(data)
+    except ValueError:
+        return data  # the reader says what is wrong with it
+    answer = document if isinstance(document, dict) else {}
+    return to_json(answer["lpu_receipt"]) if "lpu_receipt" in answer else data
+
+
 def read_receipt(data: bytes | str) -> Receipt:
-    """A receipt out of JSON. Raises RequestError for one that is too large, malformed, damaged, or
-    of another contract."""
+    """A receipt out of JSON, or of an answer that has one. Raises RequestError for one that is too
+    large, malformed, damaged, or of another contract."""
     if len(data) > MOST_BYTES:
         raise RequestError(f"the receipt is larger than {MOST_BYTES >> 20} MiB")
     try:
-        receipt = Receipt.model_validate_json(data)
+        receipt = Receipt.model_validate_json(_inner(data))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
