@@ -1,9 +1,10 @@
-"""In: a checkpoint, and an interpreter with llama-cpp-python. Out: both engines' speed, compared.
+"""In: a model, and interpreters that have other engines. Out: the engines' speed, compared.
 
-    python bench/compare.py --llama-python PYTHON
+    python bench/compare.py --llama-python PYTHON --openvino-python PYTHON \\
+        --ctranslate2-python PYTHON
 
-All figures come from one run: rounds in which the engines take turns, with the memory's bandwidth
-read beside decode, because it moves. bench/README.md says what is measured and why.
+All figures come from one run: rounds in which the engines take turns. bench/README.md says what is
+measured and why.
 """
 
 from __future__ import annotations
@@ -12,251 +13,195 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
-import platform
+import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bandwidth import MemoryRead
-from engines import LlamaCpp, OpenLpu, Side, Timing
-from q8_file import q8_0_file, tensor_bytes
+from engines import Side
+from machine import cpu_model, system_name
+from peak import IntegerPeak
+from peers import NOT_THERE, PEERS, PRECISIONS, Engine, Setup, layer_products
+from random_models import SHAPES, random_file
 from rich.console import Console
 from rich.table import Table
+from rounds import CASES, MEMORY, PEAK, TEXT, Case, Rounds
 
-from openlpu import __version__
-from openlpu.engine.model import open_model
 from openlpu.errors import LpuError
-from openlpu.host import HostModel
-from openlpu.jit import llvm_version
+from openlpu.load.checkpoint import Checkpoint, open_checkpoint
 from openlpu.load.tokenizer import Tokenizer
 
-TEXT = Path(__file__).with_name("text") / "essays.txt"
-SETTLE_S = 0.25  # threads that spin after their work have gone to sleep by then
-BUSY_CORES = 0.05  # more than this in use, by an idle engine or by strangers, spoils the figures
-ENGINES = ("openlpu", "llama.cpp")
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """Work that is timed: the prompts when there are no steps, else the steps."""
-
-    name: str
-    sequences: int
-    prompt_tokens: int
-    steps: int
-    goal: float | None = None
-    """At least so many times llama.cpp's tokens per second."""
-
-    def tokens_per_s(self, timing: Timing) -> float:
-        """Of all sequences together."""
-        if self.steps:
-            return self.sequences * self.steps / timing.decode_s
-        return self.sequences * self.prompt_tokens / timing.prefill_s
-
-
-DECODE = Case("decode", 1, 16, 64, goal=1.8)
-CASES = (
-    DECODE,
-    Case("prefill 512", 1, 512, 0, goal=2.5),
-    Case("decode 8 sequences", 8, 16, 32),
-    Case("decode 32 sequences", 32, 16, 32, goal=2.5),
-)
-
-
-class Rounds:
-    """Every figure by its name, one value a round."""
-
-    def __init__(self, sides: dict[str, Side], memory: MemoryRead, text: list[int]) -> None:
-        """text: token ids from which the prompts are cut."""
-        self.sides, self.values = sides, dict[str, list[float]]()
-        self.other_engine_cores: list[float] = []  # in use by the engine that should be idle
-        self.strangers_cores: list[float] = []  # in use just before, while both engines sleep
-        self.same_tokens: list[bool] = []  # whether the engines agree on a prompt's first token
-        self._memory, self._text = memory, text
-
-    def warm_up(self) -> None:
-        """Run every case once; nothing is kept."""
-        for case in CASES:
-            for side in self.sides.values():
-                side.run(self._prompts(case), case.steps)
-
-    def run(self, index: int) -> None:
-        """One round: each case on each engine; who begins changes from round to round."""
-        names = ENGINES[:: 1 if index % 2 == 0 else -1]
-        for case in CASES:
-            first = {}
-            for name in names:
-                timing = self._timed(case, name)
-                self._add(f"{case.name}, {name}", case.tokens_per_s(timing))
-                first[name] = [tokens[0] for tokens in timing.tokens]
-            pairs = zip(*first.values(), strict=True)
-            self.same_tokens += [a == b for a, b in pairs]
-
-    def _timed(self, case: Case, name: str) -> Timing:
-        other = self.sides[next(n for n in ENGINES if n != name)]
-        self.strangers_cores.append(busy_cores(SETTLE_S))
-        before = self._memory.bytes_per_s() if case is DECODE else 0.0
-        cpu_s, started_s = other.cpu_s(), time.perf_counter()
-        timing = self.sides[name].run(self._prompts(case), case.steps)
-        cores = (other.cpu_s() - cpu_s) / (time.perf_counter() - started_s)
-        self.other_engine_cores.append(cores)
-        if case is DECODE:
-            # Read on both sides of the work; the faster one, so that the share errs downwards.
-            self._add(f"memory, {name}", max(before, self._memory.bytes_per_s()))
-        return timing
-
-    def _prompts(self, case: Case) -> list[list[int]]:
-        n = case.prompt_tokens
-        return [self._text[i * n : (i + 1) * n] for i in range(case.sequences)]
-
-    def _add(self, name: str, value: float) -> None:
-        self.values.setdefault(name, []).append(value)
+BUSY_CORES = 0.05  # more than this in use, by idle engines or by strangers, spoils the figures
+UNITS = {MEMORY: "GB/s", PEAK: "G products/s"}
 
 
 def compare(
-    model: str, *, llama_python: str, rounds: int, threads: int, note: Callable[[str], None]
+    model: str,
+    *,
+    cases: Sequence[Case],
+    precisions: Sequence[str],
+    peers: Sequence[str],
+    pythons: dict[str, str],
+    rounds: int,
+    threads: int,
+    note: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Measure a GGUF model; returns the report that --json writes."""
-    note("compiling, and converting to Q8_0")
-    checkpoint, compiled = open_model(model)
+    """Measure a GGUF model, or a random one; returns the report that --json writes."""
+    path = str(random_file(model)) if model in SHAPES else model
+    checkpoint = open_checkpoint(path)
     if not checkpoint.source.is_file():
-        raise SystemExit(f"{model}: not a GGUF file; llama.cpp needs one")
-    file = q8_0_file(checkpoint.source, compiled.weights.fingerprint())
-    ids = Tokenizer.from_source(checkpoint.tokenizer).encode(TEXT.read_text(encoding="utf-8"))
-    with (
-        closing(compiled.host(threads=threads)) as host,
-        closing(LlamaCpp(llama_python, file, threads)) as llama,
-        closing(MemoryRead(threads)) as memory,
-    ):
-        taken = Rounds({"openlpu": OpenLpu(host), "llama.cpp": llama}, memory, ids)
+        raise SystemExit(f"{model}: not a GGUF file; the peers need one")
+    setup = Setup(path, checkpoint, threads, pythons)
+    engines = [
+        engine
+        for precision in precisions
+        for engine in setup.engines(precision)
+        if not engine.peer or engine.peer in peers
+    ]
+    with ExitStack() as stack:
+        sides, absent = _started(engines, stack, note)
+        if "w4" in precisions:
+            absent |= {f"{peer} w4": why for peer, why in NOT_THERE.items() if peer in peers}
+        memory = stack.enter_context(closing(MemoryRead(threads)))
+        peak = stack.enter_context(closing(IntegerPeak(threads)))
+        taken = Rounds(sides, cases, _text(model, checkpoint), memory, peak)
         note("warming up")
         taken.warm_up()
         for index in range(rounds):
             note(f"round {index + 1} of {rounds}")
             taken.run(index)
-        read = {"openlpu": decode_bytes(host), "llama.cpp": tensor_bytes(file)}
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "model": checkpoint.name,
+            "model": model if model in SHAPES else checkpoint.name,
+            "random_weights": model in SHAPES,
             "threads": threads,
             "rounds": rounds,
             "cpu": cpu_model(),
             "system": f"{system_name()}, Python {sys.version.split()[0]}",
-            "versions": {
-                "openlpu": __version__,
-                "llvm": llvm_version(),
-                "numpy": importlib.metadata.version("numpy"),
-                "llama.cpp": llama.about,
-            },
-            "kernels": host.kernels,
-            "identity": host.identity,
-            "bytes_per_token": read,
-            "busy_cores": {
-                "idle engine": max(taken.other_engine_cores),
-                "others": statistics.mean(taken.strangers_cores),
-            },
-            "first_tokens": {"same": sum(taken.same_tokens), "all": len(taken.same_tokens)},
-            "cases": [
-                {
-                    **asdict(case),
-                    "tokens_per_s": {n: taken.values[f"{case.name}, {n}"] for n in ENGINES},
+            "numpy": importlib.metadata.version("numpy"),
+            "products_per_token": layer_products(checkpoint.config),
+            "engines": {
+                engine.name: {
+                    "peer": engine.peer,
+                    "precision": engine.precision,
+                    "bytes_per_token": sides[engine.name].bytes_per_token,
+                    **sides[engine.name].about,
                 }
-                for case in CASES
-            ],
-            "memory_bytes_per_s": {n: taken.values[f"memory, {n}"] for n in ENGINES},
+                for engine in engines
+                if engine.name in sides
+            },
+            "absent": absent,
+            "cases": [asdict(case) for case in cases],
+            **taken.record(),
         }
 
 
-def decode_bytes(host: HostModel) -> int:
-    """Bytes that one token's step reads: all packed weights but the embedding table (of int8, and
-    a scale for each row), from which it takes one row. K/V is left out; here it is small."""
-    table = next(op for op in host.graph.ops if op.kind == "embed").params[0]
-    rows, width = table.shape
-    return host.packed_bytes - rows * (width + 4)
+def _started(
+    engines: Sequence[Engine], stack: ExitStack, note: Callable[[str], None]
+) -> tuple[dict[str, Side], dict[str, str]]:
+    """The engines that run, and why the others do not."""
+    sides, absent = dict[str, Side](), dict[str, str]()
+    for engine in engines:
+        note(f"starting {engine.name}")
+        try:
+            sides[engine.name] = stack.enter_context(closing(engine.start()))
+        except (LpuError, RuntimeError, OSError) as error:
+            absent[engine.name] = str(error)
+            note(f"{engine.name} is not compared: {error}")
+    if not sides:
+        raise SystemExit("no engine runs")
+    return sides, absent
 
 
-def busy_cores(seconds: float) -> float:
-    """Sleep; how many of the machine's cores were in use meanwhile (0 where Linux is not)."""
-    before = _not_idle_s()
-    time.sleep(seconds)
-    return max(0.0, (_not_idle_s() - before) / seconds)
-
-
-def _not_idle_s() -> float:
-    """Seconds of all cores since the start of the machine, but those idle or waiting for a disk;
-    what a hypervisor took away counts as used."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return 0.0
-    user, nice, system, _, _, *rest = (int(t) for t in stat.read_text().split("\n")[0].split()[1:9])
-    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
-
-
-def system_name() -> str:
-    """The operating system and its version, without the builder's own suffix."""
-    return f"{platform.system()} {platform.release().split('-')[0]}"
-
-
-def cpu_model() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _text(model: str, checkpoint: Checkpoint) -> list[int]:
+    """Token ids from which prompts are cut."""
+    if model in SHAPES:
+        ids: list[int] = np.random.default_rng(0).integers(3, 32_000, 4096).tolist()
+        return ids
+    tokenizer = Tokenizer.from_source(checkpoint.tokenizer)
+    return tokenizer.encode(TEXT.read_text(encoding="utf-8"))
 
 
 def with_medians(report: dict[str, Any]) -> dict[str, Any]:
-    """The report with medians, ratios, and shares of bandwidth (per round, then their median)."""
+    """The report with, for each case and engine, the median, its ratio to the best peer's of the
+    same precision, and the share of what limits it (per round, then their median)."""
     cases = []
     for case in report["cases"]:
-        medians = {n: statistics.median(case["tokens_per_s"][n]) for n in ENGINES}
-        ratio = medians["openlpu"] / medians["llama.cpp"]
-        cases.append({**case, "median_tokens_per_s": medians, "ratio": ratio})
-    memory, shares = report["memory_bytes_per_s"], {}
-    for name in ENGINES:
-        rates = cases[CASES.index(DECODE)]["tokens_per_s"][name]
-        pairs = zip(rates, memory[name], strict=True)
-        shares[name] = statistics.median(
-            rate * report["bytes_per_token"][name] / speed for rate, speed in pairs
+        rates = report["tokens_per_s"][case["name"]]
+        medians = {name: statistics.median(values) for name, values in rates.items()}
+        limits = report["limits_per_s"].get(case["name"], {})
+        shares = {}
+        for name, found in limits.items():
+            engine = report["engines"][name]
+            work = engine["bytes_per_token"] if case["limit"] == MEMORY else None
+            work = report["products_per_token"] if work is None else work
+            if all(found):
+                pairs = zip(rates[name], found, strict=True)
+                shares[name] = statistics.median(rate * work / limit for rate, limit in pairs)
+        cases.append(
+            {
+                **case,
+                "median_tokens_per_s": medians,
+                "ratio_to_best_peer": _ratios(report["engines"], medians),
+                "median_limit_per_s": {n: statistics.median(v) for n, v in limits.items()},
+                "share_of_limit": shares,
+            }
         )
-    medians = {name: statistics.median(memory[name]) for name in ENGINES}
+    return {**report, "cases": cases}
+
+
+def _ratios(engines: dict[str, Any], medians: dict[str, float]) -> dict[str, float]:
+    best: dict[str, float] = {}
+    for name, engine in engines.items():
+        if engine["peer"]:
+            precision = engine["precision"]
+            best[precision] = max(best.get(precision, 0.0), medians[name])
     return {
-        **report,
-        "cases": cases,
-        "median_memory_bytes_per_s": medians,
-        "decode_share_of_memory_read": shares,
+        name: medians[name] / best[engine["precision"]]
+        for name, engine in engines.items()
+        if engine["precision"] in best
     }
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """Print the table."""
+    """Print the table, and what stands in the way of trusting it."""
     table = Table(
         title=f"{report['model']}, {report['threads']} threads, "
-        f"medians of {report['rounds']} rounds, {report['cpu']}"
+        f"medians of {report['rounds']} rounds, {report['cpu']}, {report['date'][:10]}"
     )
-    table.add_column("")
-    for column in ("OpenLPU w8", "llama.cpp Q8_0", "", "ratio", "goal"):
-        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("case")
+    table.add_column("engine")
+    for column in ("tokens/s", "to best peer", "share", "of"):
+        table.add_column(column, justify="left" if column == "of" else "right")
     for case in report["cases"]:
-        ours, theirs = (f"{case['median_tokens_per_s'][n]:,.1f}" for n in ENGINES)
-        goal = f"{case['goal']:.1f}" if case["goal"] else ""
-        table.add_row(case["name"], ours, theirs, "tokens/s", f"{case['ratio']:.2f}", goal)
-    for name, unit, key, factor in (
-        ("bytes per token", "MB", "bytes_per_token", 1e-6),
-        ("memory read", "GB/s", "median_memory_bytes_per_s", 1e-9),
-        ("decode / memory read", "", "decode_share_of_memory_read", 1.0),
-    ):
-        ours, theirs = (f"{report[key][n] * factor:,.2f}" for n in ENGINES)
-        table.add_row(name, ours, theirs, unit, "", "")
+        title, precision = case["name"], None
+        for name, rate in case["median_tokens_per_s"].items():
+            if precision not in (None, report["engines"][name]["precision"]):
+                table.add_section()
+            precision = report["engines"][name]["precision"]
+            ratio, share = case["ratio_to_best_peer"].get(name), case["share_of_limit"].get(name)
+            limit = case["median_limit_per_s"].get(name, 0.0) * 1e-9
+            table.add_row(
+                title,
+                name,
+                f"{rate:,.1f}",
+                f"{ratio:.2f}" if ratio else "",
+                f"{share:.2f}" if share else "",
+                f"{limit:,.1f} {UNITS[case['limit']]}" if share else "",
+            )
+            title = ""
+        table.add_section()
     console.print(table)
-    same = report["first_tokens"]
-    console.print(f"{same['same']:,} of {same['all']:,} first tokens are the same.")
+    same = (f"{name} {share:.2f}" for name, share in report["same_first_tokens"].items())
+    console.print(f"First tokens like the first engine's: {', '.join(same)}")
+    for name, why in report["absent"].items():
+        console.print(f"Not compared: {name}: {why}")
     for who, cores in report["busy_cores"].items():
         if cores > BUSY_CORES:
             console.print(f"Not a quiet machine: {cores:.2f} cores in use ({who}); do not cite.")
@@ -264,38 +209,71 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="OpenLPU and llama.cpp, side by side.")
+    parser = argparse.ArgumentParser(description="OpenLPU and its peers, side by side.")
+    for peer, package in zip(
+        PEERS, ("llama-cpp-python", "openvino-genai", "ctranslate2"), strict=True
+    ):
+        parser.add_argument(
+            f"--{peer.removesuffix('.cpp')}-python",
+            default=sys.executable,
+            metavar="PYTHON",
+            help=f"interpreter that has {package}",
+        )
     parser.add_argument(
-        "--llama-python", default=sys.executable, help="interpreter that has llama-cpp-python"
+        "--model", default="smollm2", help=f"an alias, a GGUF file, or {' or '.join(SHAPES)}"
     )
-    parser.add_argument("--model", default="smollm2", help="an alias, or a GGUF file")
+    _several(parser, "--cases", tuple(CASES))
+    _several(parser, "--precisions", PRECISIONS)
+    _several(parser, "--peers", PEERS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round's figures")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
-    progress = Console(stderr=True)
     try:
         report = compare(
             options.model,
-            llama_python=options.llama_python,
+            cases=[CASES[name] for name in options.cases],
+            precisions=options.precisions,
+            peers=options.peers,
+            pythons={peer: vars(options)[f"{peer.removesuffix('.cpp')}_python"] for peer in PEERS},
             rounds=options.rounds,
             threads=options.threads,
-            note=progress.print,
+            note=Console(stderr=True, highlight=False).print,
         )
     except (LpuError, RuntimeError, OSError) as error:
         raise SystemExit(str(error)) from None
     report = with_medians(report)
-    # Paths belong to one machine; what they name is in the report.
-    model = Path(options.model).name
-    report["command"] = (
-        f"bench/compare.py --model {model} --rounds {options.rounds} --threads {options.threads}"
-    )
+    report["command"] = _command(options)
     show(report, Console())
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _several(parser: argparse.ArgumentParser, option: str, known: tuple[str, ...]) -> None:
+    """An option that names some of `known`, separated by commas; all of them by default."""
+
+    def names(text: str) -> list[str]:
+        found = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return found
+
+    parser.add_argument(
+        option, type=names, default=list(known), metavar="NAME,...", help=f"of {', '.join(known)}"
+    )
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command without the paths of this machine; what they name is in the report."""
+    words = ["bench/compare.py", "--model", Path(options.model).name]
+    for name in ("cases", "precisions", "peers"):
+        words += [f"--{name}", ",".join(vars(options)[name])]
+    words += ["--rounds", str(options.rounds), "--threads", str(options.threads)]
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

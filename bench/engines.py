@@ -1,18 +1,18 @@
-"""In: prompts and a number of greedy steps. Out: Timing, by OpenLPU here or llama.cpp over there.
+"""In: prompts and a number of greedy steps. Out: Timing, by OpenLPU here or a peer over there.
 
-Both compute the same: all prompts in one step up to the argmax of their last logits, then steps of
-one token per sequence, argmax included, below each engine's own sampling code.
+All compute the same: all prompts together up to the argmax of their last logits, then steps of one
+token per sequence, argmax included.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,7 +34,15 @@ class Timing:
 
 
 class Side(Protocol):
-    """One of the two engines."""
+    """One of the engines, ready to run.
+
+    about: its versions. bytes_per_token: what one token's step reads. pid: its process, which
+    several engines may share.
+    """
+
+    about: dict[str, Any]
+    bytes_per_token: int
+    pid: int
 
     def run(self, prompts: list[list[int]], steps: int) -> Timing:
         """Compute prompts of equal length together, then `steps` tokens of every sequence."""
@@ -44,12 +52,21 @@ class Side(Protocol):
         """Processor time of the engine's process so far."""
         ...
 
+    def close(self) -> None:
+        """Give its memory back."""
+        ...
+
 
 class OpenLpu:
     """The host engine in this process."""
 
-    def __init__(self, host: HostModel) -> None:
-        self._host = host
+    def __init__(self, host: HostModel, about: dict[str, Any]) -> None:
+        self._host, self.about, self.pid = host, about, os.getpid()
+        # All packed weights but the embedding table (int8, and a scale for each row), of which a
+        # row is read. K/V is left out; at these lengths it is small.
+        table = next(op for op in host.graph.ops if op.kind == "embed").params[0]
+        rows, width = table.shape
+        self.bytes_per_token = host.packed_bytes - rows * (width + 4)
 
     def run(self, prompts: list[list[int]], steps: int) -> Timing:
         """See Side."""
@@ -81,23 +98,29 @@ class OpenLpu:
         """See Side."""
         return time.process_time()
 
+    def close(self) -> None:
+        """See Side."""
+        self._host.close()
 
-class LlamaCpp:
-    """llama.cpp in a process of its own, which may use another environment."""
 
-    def __init__(self, python: str, model: Path, threads: int) -> None:
-        """python: an interpreter that can import llama_cpp. Raises RuntimeError if it fails."""
-        # A pipe would fill up with llama.cpp's log and block the process.
+class Peer:
+    """Another engine in a process of its own, which may use another environment."""
+
+    def __init__(self, name: str, command: list[str], bytes_per_token: int | None = None) -> None:
+        """command: runs one of the workers; name: the engine, for messages.
+
+        bytes_per_token: None if the worker says it. Raises RuntimeError if the process ends.
+        """
+        self._name = name
+        # A pipe would fill up with the engine's log and block the process.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        worker = Path(__file__).with_name("llama_worker.py")
         self._process = subprocess.Popen(
-            [python, str(worker), str(model), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
+        self.pid = self._process.pid
         self.about = self._answer()
+        said = self.about.pop("weight_bytes", 0)
+        self.bytes_per_token = said if bytes_per_token is None else bytes_per_token
 
     def run(self, prompts: list[list[int]], steps: int) -> Timing:
         """See Side."""
@@ -109,7 +132,7 @@ class LlamaCpp:
         return float(self._ask({})["cpu_s"])
 
     def close(self) -> None:
-        """End the process."""
+        """See Side."""
         self._process.kill()
         self._process.communicate()
         self._log.close()
@@ -128,6 +151,6 @@ class LlamaCpp:
             self._process.wait()
             self._log.seek(0)
             last = (self._log.read().strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"llama.cpp's process ended: {last}")
+            raise RuntimeError(f"{self._name}'s process ended: {last}")
         answer: dict[str, Any] = json.loads(line)
         return answer

@@ -1,17 +1,13 @@
-"""In: JSON lines that name prompts. Out: JSON lines with the times and tokens of llama.cpp.
+"""In: jobs as worker.py reads them. Out: the times and tokens of llama.cpp.
 
-Runs in the environment that has llama-cpp-python; it needs nothing of this project:
+Runs in the environment that has llama-cpp-python:
 
     python llama_worker.py MODEL.gguf THREADS
-
-A line {"prompts": [[ids], ...], "steps": N} computes the prompts (of equal length) together, then
-N greedy steps of all sequences. A line {} asks only for the processor time used so far.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 import time
 from functools import cache
@@ -20,6 +16,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
+from worker import serve
 
 BATCH_TOKENS = 512
 CELLS = 256  # llama.cpp pads a sequence's K/V to a multiple of this
@@ -107,18 +104,11 @@ class Worker:
 def main() -> None:
     """Answer the lines of standard input; leave when it ends."""
     worker = Worker(sys.argv[1], int(sys.argv[2]))
-    ready: dict[str, Any] = {
+    about = {
         "version": llama_cpp.__version__,
-        "python": sys.version.split()[0],
-        "numpy": np.__version__,
         "system": llama_cpp.llama_print_system_info().decode().strip(),
     }
-    print(json.dumps(ready), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        answer = worker.run(**job) if job else {}
-        answer["cpu_s"] = time.process_time()
-        print(json.dumps(answer), flush=True)
+    serve(about, worker.run)
 
 
 if __name__ == "__main__":

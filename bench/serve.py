@@ -22,10 +22,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compare import SETTLE_S, TEXT, busy_cores, cpu_model, system_name
-from q8_file import q8_0_file
+from gguf_files import converted
+from machine import SETTLE_S, busy_cores, cpu_model, system_name
 from rich.console import Console
 from rich.table import Table
+from rounds import TEXT
 from servers import LlamaServer, OpenLpuServer, Server, loop_cpu_s
 from traffic import Load, Traffic, WrongAnswer, send
 
@@ -107,7 +108,7 @@ def compare(
             ours = OpenLpuServer(name, threads)
             servers.append(ours)
             if llama_server:
-                file = q8_0_file(source, model.compiled.weights.fingerprint())
+                file = converted(source, model.compiled.weights.fingerprint(), "Q8_0")
                 servers.append(
                     LlamaServer(llama_server, file, threads, slots=_SLOTS, slot_tokens=_SLOT_TOKENS)
                 )
