@@ -10,40 +10,62 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-OURS, THEIRS = "#1f5fa8", "#b8bec6"
+COLOURS = {
+    "openlpu": "#1f5fa8",
+    "llama.cpp": "#b8bec6",
+    "openvino": "#8d96a3",
+    "ctranslate2": "#d9dde2",
+}
+HEIGHT = 0.22  # inches of a bar
+GAP = 1.5  # bars between two cases
 
 
-def draw(record: dict, picture: Path) -> None:
-    """A pair of bars for each case, llama.cpp's as 1, the medians written beside them."""
+def draw(record: dict[str, Any], picture: Path) -> None:
+    """A group of bars for each case, one for each engine, as parts of the case's fastest; the
+    medians are written beside them."""
     cases = record["cases"]
-    figure, axes = pyplot.subplots(figsize=(8, 0.75 * len(cases) + 1.5), layout="constrained")
-    for row, case in enumerate(reversed(cases)):
-        medians = case["median_tokens_per_s"]
-        bars = ((0.2, case["ratio"], "openlpu", OURS), (-0.2, 1.0, "llama.cpp", THEIRS))
-        for offset, length, name, colour in bars:
-            axes.barh(row + offset, length, 0.36, color=colour)
-            text = f"{medians[name]:,.0f} tokens/s"
-            if name == "openlpu":
-                text += f"  ({case['ratio']:.1f}x)"
-            axes.text(length + 0.05, row + offset, text, va="center", fontsize=9)
-    axes.set_yticks(range(len(cases)), [case["name"] for case in reversed(cases)])
-    axes.set_xlim(0, max(case["ratio"] for case in cases) * 1.35)
+    rows = sum(len(case["median_tokens_per_s"]) + GAP for case in cases)
+    figure, axes = pyplot.subplots(figsize=(8, HEIGHT * rows + 0.8), layout="constrained")
+    at, ticks, names = 0.0, [], []
+    for case in cases:
+        axes.text(0, at - 1, case["name"], va="center", fontsize=10, fontweight="bold")
+        fastest = max(case["median_tokens_per_s"].values())
+        for name, median in case["median_tokens_per_s"].items():
+            length = median / fastest
+            axes.barh(at, length, 0.85, color=COLOURS[name.split()[0]])
+            text = f"{median:,.0f} tokens/s{_ratio(case, name)}"
+            axes.text(length + 0.01, at, text, va="center", fontsize=8)
+            ticks.append(at)
+            names.append(name)
+            at += 1
+        at += GAP
+    axes.set_yticks(ticks, names, fontsize=8)
+    axes.set_ylim(at - GAP, -1.8)  # the first case on top
+    axes.set_xlim(0, 1.3)
     axes.set_xticks([])
+    axes.tick_params(left=False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.set_title(
-        f"SmolLM2-135M on {record['threads']} threads: OpenLPU w8 (blue), llama.cpp Q8_0 (grey)\n"
-        f"{record['cpu']}, medians of {record['rounds']} interleaved rounds, {record['date'][:10]}",
+        f"{record['model']} on {record['threads']} threads, {record['cpu']}\n"
+        f"medians of {record['rounds']} interleaved rounds, {record['date'][:10]}; "
+        "x: to the best peer of the same precision",
         fontsize=10,
         loc="left",
     )
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130)
+
+
+def _ratio(case: dict[str, Any], name: str) -> str:
+    ratio = case["ratio_to_best_peer"].get(name)
+    return f"  ({ratio:.1f}x)" if ratio and name.startswith("openlpu") else ""
 
 
 if __name__ == "__main__":

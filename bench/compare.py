@@ -1,7 +1,6 @@
 """In: a model, and interpreters that have other engines. Out: the engines' speed, compared.
 
-    python bench/compare.py --llama-python PYTHON --openvino-python PYTHON \\
-        --ctranslate2-python PYTHON
+    python bench/compare.py --llama-python P --openvino-python P --ctranslate2-python P
 
 All figures come from one run: rounds in which the engines take turns. bench/README.md says what is
 measured and why.
