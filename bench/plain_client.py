@@ -134,7 +134,8 @@ def events(body: bytes) -> Iterator[JSON]:
     assert texts.pop() == "", "the last event is cut"
     named = texts[0].startswith("event: ")
     if not named:
-        assert texts.pop() == "data: [DONE]"
+        last = texts.pop()
+        assert last == "data: [DONE]", last
     for text in texts:
         kind, data = text.split("\ndata: ") if named else ("", text.removeprefix("data: "))
         event = json.loads(data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -127,6 +127,53 @@ def test_answers_under_load_are_those_alone(
     assert engine.sequences == engine.pages.held == 0
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_answers_may_be_cancelled_in_the_middle_of_a_step(
+    host: Runner, alone: list[object], share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As other threads do, at every point where a step looks at what is busy or asks for memory."""
+    rng = random.Random(11)
+    engine = engine_on(host, share_prefixes=share, most_pages=9)
+    doomed: list[Answer] = []
+
+    def and_cancel(function: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: object, **kwargs: object) -> None:
+            if doomed and rng.random() < 0.5:
+                doomed.pop(rng.randrange(len(doomed))).cancel()
+            function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(engine.pages, "extend", and_cancel(engine.pages.extend))
+    monkeypatch.setattr(engine.pages, "find", and_cancel(engine.pages.find))
+    monkeypatch.setattr(engine.pages, "release", and_cancel(engine.pages.release))
+    answers = {}
+    for i, (prompt, sampling, request) in enumerate(mixed_requests(24)):
+        doomed.append(engine.submit(prompt, sampling, replace(request, priority=2)))
+        answers[i] = engine.submit(prompt, sampling, request)
+        doomed.append(engine.submit(prompt, sampling, request))
+        for _ in range(rng.randint(0, 3)):
+            engine.step()
+    finish(engine)
+    assert [outcome(answers[i]) for i in range(24)] == alone
+    assert engine.sequences == engine.pages.held == 0
+
+
+@pytest.mark.parametrize("length", range(54, 64))
+def test_who_waits_for_the_memory_of_others_is_not_refused(host: Runner, length: int) -> None:
+    """The urgent one's prompt takes all of the pool; one that decodes needs a page just then."""
+    engine = engine_on(host, most_pages=5, prompt_rows=(PAGE, PAGE))
+    short = engine.submit(random_tokens(length, VOCABULARY), Sampling(max_tokens=20))
+    while not short.generated:
+        engine.step()
+    prompt = random_tokens(300, VOCABULARY, seed=1)
+    urgent = engine.submit(prompt, Sampling(max_tokens=9), Request(priority=1))
+    finish(engine)
+    assert short.error is urgent.error is None
+    assert len(short.generated) == 20
+    assert len(urgent.generated) == 9
+
+
 def test_a_sequence_too_large_for_the_pool_fails_alone(host: Runner) -> None:
     engine = engine_on(host, most_pages=3)
     large = engine.submit(random_tokens(300, VOCABULARY), Sampling(max_tokens=2))
@@ -195,6 +242,7 @@ def test_a_plan_keeps_its_limits(
     assert all(share.rows <= share.sequence.pending for share in shares)
     assert len({id(share.sequence) for share in shares}) == len(shares)
     assert bool(shares) == bool(pending)
+    assert not pending or any(share.sequence is sequences[0] for share in shares)
     decoding = [s for s in sequences if s.pending == 1]
     if decoding:
         prompts = sum(share.rows for share in shares if share.sequence.pending > 1)

@@ -118,7 +118,7 @@ class Engine:
         cached = min(sequence.cached, length)
         if cached % PAGE and self.pages.is_shared(sequence.pages[cached // PAGE]):
             cached -= cached % PAGE
-        sequence.cached = cached
+        sequence.cached, sequence.found = cached, 0
         self.pages.release(sequence.pages, keep=cached)
         if not cached and self._slots.pop(sequence.slot, None) is not None:
             sequence.slot = -1
@@ -209,7 +209,9 @@ class Engine:
         """
         with self._lock:
             self._reclaim()
-            shares = self._reserved(self._planned())
+            # Answers may be cancelled at any time, by other threads: one order for the whole step.
+            order = self._by_urgency()
+            shares = self._reserved(self._planned(order), order)
             computing = {id(share.sequence) for share in shares}
             self._give_back(s for s in self._open if id(s) not in computing)
             for share in shares:
@@ -232,10 +234,10 @@ class Engine:
             self._reclaim()
             return sampled
 
-    def _planned(self) -> list[Share]:
+    def _planned(self, order: list[Sequence]) -> list[Share]:
         """What the next step computes, if memory allows."""
         running = []
-        for sequence in self._by_urgency():
+        for sequence in order:
             if sequence.slot >= 0 or self._take_slot(sequence):
                 self._begin(sequence)
                 running.append(sequence)
@@ -292,7 +294,6 @@ class Engine:
                 if not answer.preempted:
                     answer.reused -= found
                 self._cut_cached(sequence, sequence.cached - found)
-            sequence.found = 0
 
     def _leading(self, running: list[Sequence]) -> list[Sequence]:
         """All but those whose next page another one computes already: they will find it."""
@@ -309,10 +310,11 @@ class Engine:
             found.append(sequence)
         return found
 
-    def _reserved(self, shares: list[Share]) -> list[Share]:
-        """The shares whose K/V have room, others giving up theirs if need be."""
+    def _reserved(self, shares: list[Share], order: list[Sequence]) -> list[Share]:
+        """The shares whose K/V have room; those that go after them give up theirs if need be."""
+        places = {id(sequence): place for place, sequence in enumerate(order)}
         kept: list[Share] = []
-        waiting = deque(shares)
+        waiting = deque(sorted(shares, key=lambda share: places[id(share.sequence)]))
         while waiting:
             share = waiting.popleft()
             sequence = share.sequence
@@ -322,26 +324,18 @@ class Engine:
             try:
                 self.pages.extend(sequence.pages, stop)
             except DoesNotFit as error:
-                if self._preempt(sequence):
+                place = places[id(sequence)]
+                if self._preempt(order[place + 1 :]):
                     waiting.appendleft(share)
-                elif kept or self._is_held_by_others(sequence):
-                    continue  # the others go on; it waits for them
-                elif sequence.answer is not None:
+                elif not any(s.pages for s in order[:place]) and sequence.answer is not None:
                     sequence.answer.error = error  # alone, and still too large
-                continue
+                continue  # or those before it go on, now or in their turn; it waits for them
             kept.append(share)
         return [share for share in kept if share.sequence.slot >= 0]
 
-    def _is_held_by_others(self, sequence: Sequence) -> bool:
-        """Whether those whose turn the next step is hold memory."""
-        return any(s.busy and s.pages and s.reads != sequence.reads for s in self._open)
-
-    def _preempt(self, urgent: Sequence) -> bool:
-        """Take the pages of one sequence that goes after `urgent`: one whose answer is finished, or
-        the youngest of the least urgent ones."""
-        order = self._by_urgency()
-        after = order[order.index(urgent) + 1 :]
-        for victim in [*(s for s in self._open if s.idle), *reversed(after)]:
+    def _preempt(self, later: list[Sequence]) -> bool:
+        """Take the pages of one sequence: one whose answer is finished, or the last of `later`."""
+        for victim in [*(s for s in self._open if s.idle), *reversed(later)]:
             if not victim.pages:
                 continue
             if victim.found and victim.found == victim.cached:

@@ -40,8 +40,10 @@ class Share:
 
 def plan(sequences: Items[Sequence], limits: Limits) -> list[Share]:
     """The next step. sequences: those with unfinished answers; the most urgent first."""
-    decoding = [s for s in sequences if s.pending == 1][: limits.rows]
     prompts = [s for s in sequences if s.pending > 1]
+    # The most urgent one always has a row: all others may wait for the memory that it holds.
+    kept_row = bool(sequences) and sequences[0].pending > 1
+    decoding = [s for s in sequences if s.pending == 1][: limits.rows - kept_row]
     shares = [Share(s, 1) for s in decoding]
     if not prompts:
         shares = _drafted(shares, limits)
