@@ -124,12 +124,12 @@ class Peer:
 
     def run(self, prompts: list[list[int]], steps: int) -> Timing:
         """See Side."""
-        answer = self._ask({"prompts": prompts, "steps": steps})
+        answer = self.ask({"prompts": prompts, "steps": steps})
         return Timing(answer["prefill_s"], answer["decode_s"], answer["tokens"])
 
     def cpu_s(self) -> float:
         """See Side."""
-        return float(self._ask({})["cpu_s"])
+        return float(self.ask({})["cpu_s"])
 
     def close(self) -> None:
         """See Side."""
@@ -137,7 +137,8 @@ class Peer:
         self._process.communicate()
         self._log.close()
 
-    def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The worker's answer to a job."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # the answer will say why
             self._process.stdin.write(json.dumps(job) + "\n")

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from openlpu.store import Store
 
 KIND = "bench"
-FORMS = ("F16", "Q8_0", "Q4_0")
 TABLES = ("token_embd.weight", "output.weight")
 _RECIPE = 2
 
@@ -112,11 +111,10 @@ def write(target: Path, architecture: str, fields: Iterable[Field], tensors: lis
     writer.close()
 
 
-def _convert(source: Path, target: Path, form: str) -> None:
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, LlamaFileType
-    from gguf.quants import dequantize, quantize
+def metadata(reader: Any, form: str) -> tuple[str, list[Field]]:
+    """The architecture and the fields of a GGUFReader's file, as those of a file of `form`."""
+    from gguf import GGUFValueType, LlamaFileType
 
-    reader = GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     fields = []
     for field in reader.fields.values():
@@ -127,6 +125,15 @@ def _convert(source: Path, target: Path, form: str) -> None:
             value = int(LlamaFileType[f"MOSTLY_{form}"])
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         fields.append(Field(field.name, value, field.types[0], inner))
+    return architecture, fields
+
+
+def _convert(source: Path, target: Path, form: str) -> None:
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.quants import dequantize, quantize
+
+    reader = GGUFReader(source)
+    architecture, fields = metadata(reader, form)
 
     def planned(tensor: Any) -> Planned:
         shape = tuple(int(n) for n in reversed(tensor.shape))

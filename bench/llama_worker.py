@@ -1,4 +1,6 @@
-"""In: jobs as worker.py reads them. Out: the times and tokens of llama.cpp.
+"""In: jobs as worker.py reads them, or windows of tokens. Out: times and tokens, or losses.
+
+All of them are those of llama.cpp.
 
 Runs in the environment that has llama-cpp-python:
 
@@ -64,13 +66,13 @@ class Worker:
             for position, token in enumerate(prompt)
         ]
         started_s = time.perf_counter()
-        last = self._decode(context, rows, len(prompts))
+        last = self._decode(context, rows, len(prompts)).argmax(1)
         prefill_s = time.perf_counter() - started_s
         tokens = [last]
         started_s = time.perf_counter()
         for position in range(length, length + steps):
             rows = [(int(token), position, i, True) for i, token in enumerate(last)]
-            last = self._decode(context, rows, len(prompts))
+            last = self._decode(context, rows, len(prompts)).argmax(1)
             tokens.append(last)
         decode_s = time.perf_counter() - started_s
         return {
@@ -79,10 +81,31 @@ class Worker:
             "tokens": np.stack(tokens, axis=1).tolist(),
         }
 
+    def losses(self, windows: list[list[int]]) -> dict[str, Any]:
+        """-ln of the softmax at each next token of each window, which has nothing before it."""
+        context = self._context(1, -(-max(map(len, windows)) // CELLS) * CELLS)
+        found: list[float] = []
+        for window in windows:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            for start in range(0, len(window) - 1, BATCH_TOKENS):
+                stop = min(start + BATCH_TOKENS, len(window) - 1)
+                rows = [(window[at], at, 0, True) for at in range(start, stop)]
+                logits = self._decode(context, rows, len(rows)).astype(np.float64)
+                top = logits.max(axis=1)
+                sums = np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top
+                chosen = logits[np.arange(len(rows)), window[start + 1 : stop + 1]]
+                found += (sums - chosen).tolist()
+        return {"losses": found}
+
+    def answer(self, **job: Any) -> dict[str, Any]:
+        """Either of them."""
+        return self.losses(**job) if "windows" in job else self.run(**job)
+
     def _decode(
         self, context: Any, rows: list[tuple[int, int, int, bool]], wanted: int
-    ) -> NDArray[np.intp]:
-        """One llama_decode of rows (token, position, sequence, logits?): argmax of each wanted."""
+    ) -> NDArray[np.float32]:
+        """One llama_decode of rows (token, position, sequence, logits?): logits [wanted, V], until
+        the next one."""
         batch = self._batch
         for i, (token, position, sequence, logits) in enumerate(rows):
             batch.token[i] = token
@@ -97,8 +120,7 @@ class Worker:
         found = llama_cpp.llama_get_logits(context)  # waits for the result
         address = ctypes.addressof(found.contents)
         buffer = (ctypes.c_float * (wanted * self._vocab_size)).from_address(address)
-        chosen: NDArray[np.intp] = np.frombuffer(buffer, np.float32).reshape(wanted, -1).argmax(1)
-        return chosen
+        return np.frombuffer(buffer, np.float32).reshape(wanted, -1)
 
 
 def main() -> None:
@@ -108,7 +130,7 @@ def main() -> None:
         "version": llama_cpp.__version__,
         "system": llama_cpp.llama_print_system_info().decode().strip(),
     }
-    serve(about, worker.run)
+    serve(about, worker.answer)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ KERNELS = Knob(
     "All sets give the same bits.",
     choices=("auto", "avx512", "avx2", "neon", "rvv", "plain"),
 )
+CALIBRATION = Knob(
+    "LPU_CALIBRATION",
+    "",
+    "Text by which precision w4 rounds checkpoints without blocks; empty means our own text.",
+)
 OFFLINE = Knob("LPU_OFFLINE", False, "Never reach for the network; only the cache is used.")
 
 KNOBS: dict[str, Knob[Any]] = {

@@ -7,6 +7,7 @@ BLAS products, plain softmax; their last bits are the machine's and no part of t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,14 +31,14 @@ _PATIENT_ROWS = 16  # up to here widening costs more than multiplying
 
 
 @dataclass(frozen=True, slots=True)
-class _Quantized:
+class Quantized:
     """A q8 or g8 value: int8 [R, W]; scale float32 [R], or [R, W / GROUP]."""
 
     q: I8
     scale: F32
 
 
-_Known = F32 | _Quantized | NDArray[np.int32]
+Known = F32 | Quantized | NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -66,12 +67,16 @@ class _Positions:
 
 
 class Reference:
-    """Runs any legal Graph. Keeps the keys and values of every (layer, slot)."""
+    """Runs any legal Graph. Keeps the keys and values of every (layer, slot).
 
-    def __init__(self, graph: Graph, source: TensorSource) -> None:
+    keep: whether tensors stay in memory once they were asked for.
+    """
+
+    def __init__(self, graph: Graph, source: TensorSource, *, keep: bool = True) -> None:
         types(graph)
         self.graph = graph
         self._source = source
+        self._keep = keep
         self._tensors: dict[Param, Tensor] = {}
         self._kept: dict[tuple[int, int], _Positions] = {}
 
@@ -92,14 +97,26 @@ class Reference:
         """The residual stream float32 [L, D] of the wanted rows, before the last norm."""
         return self._value(self.graph.states, batch)
 
-    def _value(self, wanted: str, batch: Batch) -> F32:
+    def watch(self, batch: Batch, seen: Callable[[Op, Sequence[Known]], None]) -> None:
+        """Run a step; `seen` is told each op and the values of its sources before it runs."""
+        self._value(self.graph.output, batch, seen)
+
+    def _value(
+        self,
+        wanted: str,
+        batch: Batch,
+        seen: Callable[[Op, Sequence[Known]], None] | None = None,
+    ) -> F32:
         """One value of the step; ops behind it do not run."""
-        known: dict[str, _Known] = {"tokens": batch.tokens}
+        known: dict[str, Known] = {"tokens": batch.tokens}
         last_use = {name: i for i, op in enumerate(self.graph.ops) for name in op.src}
         # A poisoned row (NaN scale) passes through casts of NaN; the contract says what it yields.
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             for i, op in enumerate(self.graph.ops):
-                known[op.out] = self._run(op, [known[name] for name in op.src], batch)
+                src = [known[name] for name in op.src]
+                if seen:
+                    seen(op, src)
+                known[op.out] = self._run(op, src, batch)
                 if op.out == wanted:
                     return _f32(known[wanted])
                 for name in op.src:
@@ -107,7 +124,7 @@ class Reference:
                         known.pop(name, None)
         raise GraphError(f"the graph makes no value {wanted!r}")
 
-    def _run(self, op: Op, src: list[_Known], batch: Batch) -> _Known:
+    def _run(self, op: Op, src: list[Known], batch: Batch) -> Known:
         match op.kind:
             case "embed":
                 return self._embed(op, np.asarray(src[0], np.int32))
@@ -135,6 +152,8 @@ class Reference:
         raise GraphError(f"the reference has no meaning for op {op.kind!r}")
 
     def _tensor(self, param: Param) -> Tensor:
+        if not self._keep:
+            return self._source.whole(param)
         key = replace(param, name="")  # a tied head and its table may be one tensor
         if key not in self._tensors:
             self._tensors[key] = self._source.whole(param)
@@ -164,7 +183,7 @@ class Reference:
             return rmsnorm(x, gain, eps=eps, heads=heads)
         return _float_rmsnorm(x, gain, eps=eps, heads=heads)
 
-    def _linear(self, op: Op, src: list[_Known]) -> F32:
+    def _linear(self, op: Op, src: list[Known]) -> F32:
         weights, biases = weights_and_biases(op)
         parts = [
             self._product(src[0], op.params[w], op.params[biases[i]] if biases else None)
@@ -177,13 +196,13 @@ class Reference:
                 return np.concatenate(parts, axis=1) + _f32(src[1])
         return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
-    def _product(self, x: _Known, weight: Param, bias_param: Param | None) -> F32:
+    def _product(self, x: Known, weight: Param, bias_param: Param | None) -> F32:
         tensor = self._tensor(weight)
         bias = None if bias_param is None else self._vector(bias_param)
         if isinstance(tensor, F32Tensor):
             y: F32 = _f32(x) @ tensor.value.T
             return y if bias is None else y + bias
-        assert isinstance(x, _Quantized)
+        assert isinstance(x, Quantized)
         rows, (outputs, width) = x.q.shape[0], tensor.q.shape
         at_once = outputs if rows > _PATIENT_ROWS else max(1, _WEIGHTS_AT_ONCE // width)
         if isinstance(tensor, GroupedTensor):  # many passes over the sums: keep them in cache
@@ -245,22 +264,22 @@ class Reference:
         return turned[0], turned[1], np.ascontiguousarray(parts[2])
 
 
-def _f32(value: _Known) -> F32:
+def _f32(value: Known) -> F32:
     assert isinstance(value, np.ndarray)
     return value.astype(np.float32, copy=False)
 
 
-def _rows(value: _Known, wanted: NDArray[np.int32]) -> _Known:
-    if isinstance(value, _Quantized):
-        return _Quantized(value.q[wanted], value.scale[wanted])
+def _rows(value: Known, wanted: NDArray[np.int32]) -> Known:
+    if isinstance(value, Quantized):
+        return Quantized(value.q[wanted], value.scale[wanted])
     return value[wanted]
 
 
-def _quant(op: Op, x: F32) -> _Quantized:
+def _quant(op: Op, x: F32) -> Quantized:
     if op.integer("hadamard", 0):
         x = hadamard_blocks(x)
     group = op.integer("group", 0)
-    return _Quantized(*(quantize_groups(x, group=group) if group else quantize(x)))
+    return Quantized(*(quantize_groups(x, group=group) if group else quantize(x)))
 
 
 def _float_rmsnorm(x: F32, gain: F32 | None, *, eps: float, heads: int) -> F32:

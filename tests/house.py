@@ -20,7 +20,7 @@ FLOORS = (
     ("1 data", "graph reference program"),
     ("2 readers", "asm check cost bounds host sim"),
     ("3 makers", "load models passes schedule"),
-    ("4 compiler", "compiler"),
+    ("4 compiler", "compiler calibrate"),
     ("5 engine", "engine"),
     ("6 top", "serve plan explore viz openlpu cli __main__"),
 )

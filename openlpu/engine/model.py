@@ -12,12 +12,14 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from openlpu.calibrate import has_blocks, in_blocks
 from openlpu.engine.answer import Result, Stream
 from openlpu.engine.batcher import Engine
 from openlpu.engine.compiled import (
@@ -239,12 +241,14 @@ def open_model(
 ) -> tuple[Checkpoint, Compiled]:
     """Open a checkpoint, fetched if need be, and run the passes, all or up to `stop`.
 
-    No tensor is read.
+    No tensor is read, but for w4 of a checkpoint without blocks, which are made once.
     """
     wanted = as_precision(precision)
     if not str(name_or_path or "").strip():
         raise RequestError("the model's name is empty; give a name such as smollm2, or a path")
     checkpoint = open_checkpoint(name_or_path, progress=progress)
+    if wanted == "w4" and not has_blocks(checkpoint.weights):
+        checkpoint = replace(checkpoint, weights=in_blocks(checkpoint, progress=progress))
     compiled = compile_weights(checkpoint.config, checkpoint.weights, precision=wanted, stop=stop)
     return checkpoint, compiled
 

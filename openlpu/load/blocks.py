@@ -40,6 +40,17 @@ def unpack_blocks(data: NDArray[np.uint8], encoding: str) -> GroupedTensor:
     return GroupedTensor(q.reshape(rows, -1), np.ascontiguousarray(halves[..., 0]), minimum)
 
 
+def pack_blocks(tensor: GroupedTensor, encoding: str) -> NDArray[np.uint8]:
+    """The inverse of unpack_blocks for q4_0 and q4_1: uint8 [N, bytes]."""
+    rows = tensor.q.shape[0]
+    halves = [tensor.scale] if tensor.minimum is None else [tensor.scale, tensor.minimum]
+    header = np.stack([half.astype("<f2") for half in halves], axis=-1).view(np.uint8)
+    q = (tensor.q + np.int8(8 if encoding == "q4_0" else 0)).view(np.uint8)
+    low, high = q.reshape(rows, -1, 2, GROUP // 2).transpose(2, 0, 1, 3)
+    blocks = np.concatenate([header, low | (high << 4)], axis=-1)
+    return np.ascontiguousarray(blocks.reshape(rows, -1))
+
+
 def decode_blocks(data: NDArray[np.uint8], encoding: str) -> NDArray[np.float32]:
     """The float32 values that the blocks mean, [N, K]: fl(q * scale), then fl(. + minimum)."""
     blocks = unpack_blocks(data, encoding)

@@ -204,6 +204,10 @@ class Weights:
         """
         return self._fingerprint
 
+    def with_tensors(self, tensors: Mapping[str, Tensor], *, fingerprint: str) -> Weights:
+        """These weights with some tensors in another form."""
+        return Weights({**self._tensors, **tensors}, fingerprint=fingerprint)
+
     def _tensor(self, name: str) -> Tensor:
         try:
             return self._tensors[name]
