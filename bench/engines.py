@@ -57,16 +57,19 @@ class Side(Protocol):
         ...
 
 
+def packed_bytes_per_token(host: HostModel) -> int:
+    """All packed weights but the embedding table, of which a row is read."""
+    table = next(op for op in host.graph.ops if op.kind == "embed").params[0]
+    rows, width = table.shape
+    return host.packed_bytes - rows * (width + 4)  # int8, and a scale for each row
+
+
 class OpenLpu:
     """The host engine in this process."""
 
     def __init__(self, host: HostModel, about: dict[str, Any]) -> None:
         self._host, self.about, self.pid = host, about, os.getpid()
-        # All packed weights but the embedding table (int8, and a scale for each row), of which a
-        # row is read. K/V is left out; at these lengths it is small.
-        table = next(op for op in host.graph.ops if op.kind == "embed").params[0]
-        rows, width = table.shape
-        self.bytes_per_token = host.packed_bytes - rows * (width + 4)
+        self.bytes_per_token = packed_bytes_per_token(host)  # K/V are small at these lengths
 
     def run(self, prompts: list[list[int]], steps: int) -> Timing:
         """See Side."""

@@ -76,9 +76,15 @@ def convert(source: str, form: str, folder: str) -> None:
     (graph / "model.gguf").symlink_to(source)  # it is named so, and the graph is saved beside it
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GB
-    genai.ContinuousBatchingPipeline(
-        str(graph / "model.gguf"), scheduler, "CPU", {"enable_save_ov_model": True}
-    )
+    try:
+        genai.ContinuousBatchingPipeline(
+            str(graph / "model.gguf"), scheduler, "CPU", {"enable_save_ov_model": True}
+        )
+    except RuntimeError:
+        # It also compiles the float16 graph, which fails for some shapes ("dead weak ptr"); the
+        # graph itself is written by then, and compiles when its weights are compressed.
+        if not (graph / "openvino_model.xml").exists():
+            raise
     model = openvino.Core().read_model(graph / "openvino_model.xml")
     if form == "int8":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)

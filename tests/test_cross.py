@@ -63,7 +63,7 @@ def answers(
 ) -> list[np.ndarray]:
     """Logits of every step, then all of K and V; in w8 also the logits of a row with a NaN."""
     found = [model.step(place(step)) for step in STEPS]
-    found.append(model._kv.copy())
+    found.append(model.kv.copy())
     if compiled.precision == "w8":
         embed = next(op for op in compiled.graph.ops if op.kind == "embed")
         at = model._packed.pieces[embed.out].scales

@@ -8,14 +8,14 @@ then share the units' chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llvmlite import ir
 
 from openlpu.graph.step import PAGE
 from openlpu.host.emit import F32, I8, I32, I64, LANES, PTR, VB, VF, VI, Kit, Value
-from openlpu.host.gemm import SHAPES, Shape, microkernel
+from openlpu.host.gemm import SHAPES, summed
 from openlpu.host.kernels import Attention
 from openlpu.host.layout import APART_ROWS, TASK_ARGS, Context, head_bytes, padded
 from openlpu.host.rows import columns, correction, my_rows, normalize, quantize_span, split
@@ -383,51 +383,21 @@ class _Scratch:
     """Stack memory of one chunk."""
 
     def __init__(self, kit: Kit, op: Attention) -> None:
-        group, dim, chunk = op.group, op.head_dim, op.chunk
+        group, chunk = op.group, op.chunk
         self.scores = kit.scratch(F32, group * chunk)
         self.weights = kit.scratch(I8, group * chunk)
-        self.tile = kit.scratch(I32, group * max(PAGE, dim))
 
 
-def _side_by_side(shape: Shape, rows: int) -> int:
-    """Blocks at once for so many query heads: K and V are in near caches, so registers decide."""
-    return max(1, min(4, shape.rows * shape.width // rows))
-
-
-def _matrix(
-    kit: Kit, x: Value, ldx: int, w: Value, k4: Value, tile: Value, rows: int, blocks: int
-) -> None:
-    """tile += x . w for `rows` rows and `blocks` blocks; the tile is [block panel][rows][16*nr]."""
-    b = kit.b
+def _tiles(kit: Kit, rows: int, blocks: int) -> Iterator[tuple[range, range]]:
+    """(rows, blocks) whose sums fit the registers together; K and V are in near caches, so that
+    nothing else decides. All tiles of some rows have as many blocks."""
     shape = SHAPES[kit.target.name]
     for first in range(0, rows, shape.rows):
-        count = min(shape.rows, rows - first)
-        wide = _side_by_side(shape, count)
-        done = 0
-        while done < blocks:
-            nr = min(wide, blocks - done)
-            b.call(
-                microkernel(kit, count, nr),
-                [
-                    kit.at(x, first * ldx),
-                    kit.i64(ldx),
-                    kit.at(w, b.mul(k4, kit.i64(64 * done))),
-                    k4,
-                    kit.item(tile, (first * blocks + done * count) * LANES, I32),
-                ],
-            )
-            done += nr
-
-
-def _tile_offset(kit: Kit, rows: int, blocks: int, row: int, block: int) -> int:
-    """Where _matrix leaves (row, block), in i32 elements."""
-    shape = SHAPES[kit.target.name]
-    first = row // shape.rows * shape.rows
-    count = min(shape.rows, rows - first)
-    wide = _side_by_side(shape, count)
-    done = block // wide * wide
-    nr = min(wide, blocks - done)
-    return (first * blocks + done * count + (row - first) * nr + block - done) * LANES
+        some = range(first, min(first + shape.rows, rows))
+        most = max(1, min(4, shape.rows * shape.width // len(some)))
+        wide = next(n for n in range(most, 0, -1) if blocks % n == 0)
+        for block in range(0, blocks, wide):
+            yield some, range(block, block + wide)
 
 
 def _chunk(
@@ -454,11 +424,12 @@ def _chunk(
         at = b.add(kit.splat(b.trunc(j, I32)), lanes)
         return b.and_(b.icmp_signed(">=", at, low32), b.icmp_signed("<=", at, high32))
 
+    rows = [kit.at(queries, g * op.query_bytes) for g in range(group)]
     query_scale, start = [], []
-    for g in range(group):
-        scale = kit.load(kit.at(queries, g * op.query_bytes + dim), F32)
+    for row in rows:
+        scale = kit.load(kit.at(row, dim), F32)
         query_scale.append(kit.splat(b.fmul(scale, kit.f32(op.factor))))
-        start.append(kit.splat(kit.load(kit.at(queries, g * op.query_bytes + dim + 4), I32)))
+        start.append(kit.splat(kit.load(kit.at(row, dim + 4), I32)))
 
     # Pages that come from memory are asked for in good time, some lines in each pass: the values
     # while the keys are scored, the next chunk's keys while the values are summed.
@@ -475,33 +446,33 @@ def _chunk(
         other = b.add(i, kit.i64(chunk // PAGE))
         return page(b.select(b.icmp_signed("<", other, span.last_page), other, span.last_page))
 
-    def score_page(i: Value, tops: list[Value]) -> list[Value]:
-        blocks = PAGE // LANES
+    def column(g: int, j: Value) -> Value:
+        return b.add(b.sub(j, base), kit.i64(g * chunk))
+
+    def score_page(i: Value, tops: list[Value], whole: bool) -> list[Value]:
         at = page(i)
         fetch(at, values, 0)
-        for g in range(group):
-            for n in range(blocks):
-                kit.store(start[g], kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32))
-        k4 = kit.i64(dim // 4)
-        _matrix(kit, queries, op.query_bytes, at, k4, s.tile, group, blocks)
         first = b.mul(i, kit.i64(PAGE))
-        for n in range(blocks):
-            j = b.add(first, kit.i64(n * LANES))
-            key_scale = kit.load(kit.item(kit.at(at, 2 * PAGE * dim), n * LANES, F32), VF)
-            seen = visible(j)
-            for g in range(group):
-                dot = kit.load(kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32), VI)
-                t = b.fmul(b.sitofp(dot, VF), b.fmul(query_scale[g], key_scale))
-                t = b.select(seen, t, kit.vf(_LOWEST))
-                column = b.add(b.sub(j, base), kit.i64(g * chunk))
-                kit.store(t, kit.item(s.scores, column, F32))
-                tops[g] = kit.maximum(t, tops[g])
+        for some, blocks in _tiles(kit, group, PAGE // LANES):
+            streams = [kit.at(at, n * LANES * dim) for n in blocks]
+            starts = [start[g] for g in some for _ in blocks]
+            dots = summed(kit, [rows[g] for g in some], streams, kit.i64(dim // 4), starts)
+            for n in blocks:
+                j = b.add(first, kit.i64(n * LANES))
+                key_scale = kit.load(kit.item(kit.at(at, 2 * PAGE * dim), n * LANES, F32), VF)
+                seen = None if whole else visible(j)
+                for g in some:
+                    dot = dots[(g - some.start) * len(blocks) + n - blocks.start]
+                    t = b.fmul(b.sitofp(dot, VF), b.fmul(query_scale[g], key_scale))
+                    t = t if seen is None else b.select(seen, t, kit.vf(_LOWEST))
+                    kit.store(t, kit.item(s.scores, column(g, j), F32))
+                    tops[g] = kit.maximum(t, tops[g])
         return tops
 
-    tops = kit.loop(first_page, end_page, 1, [kit.vf(_LOWEST)] * group, score_page)
+    tops = _over_pages(kit, span, [kit.vf(_LOWEST)] * group, score_page)
     maxima = [kit.reduce_max(top) for top in tops]
 
-    def weigh_page(i: Value, carried: list[Value]) -> list[Value]:
+    def weigh_page(i: Value, carried: list[Value], whole: bool) -> list[Value]:
         at = page(i)
         fetch(at, values, 1)
         first = b.mul(i, kit.i64(PAGE))
@@ -510,20 +481,21 @@ def _chunk(
             value_scale = kit.load(
                 kit.item(kit.at(at, 2 * PAGE * dim + 4 * PAGE), n * LANES, F32), VF
             )
-            seen = visible(j)
+            seen = None if whole else visible(j)
             for g in range(group):
-                column = kit.item(s.scores, b.add(b.sub(j, base), kit.i64(g * chunk)), F32)
-                e = kit.exp2(b.fsub(kit.load(column, VF), kit.splat(maxima[g])))
-                e = b.select(seen, e, kit.vf(0.0))
+                into = kit.item(s.scores, column(g, j), F32)
+                e = kit.exp2_below_1(b.fsub(kit.load(into, VF), kit.splat(maxima[g])))
+                e = e if seen is None else b.select(seen, e, kit.vf(0.0))
                 fixed = kit.rne(b.fmul(e, kit.vf(2.0**DENOMINATOR_BITS)))
-                w = b.select(seen, b.fmul(e, value_scale), kit.vf(0.0))
-                kit.store(w, column)
+                w = b.fmul(e, value_scale)
+                w = w if seen is None else b.select(seen, w, kit.vf(0.0))
+                kit.store(w, into)
                 carried[g] = b.add(carried[g], fixed)
                 carried[group + g] = kit.maximum(w, carried[group + g])
         return carried
 
     zeros = [kit.vi(0)] * group + [kit.vf(0.0)] * group
-    sums = kit.loop(first_page, end_page, 1, zeros, weigh_page)
+    sums = _over_pages(kit, span, zeros, weigh_page)
     tops_w = [kit.reduce_max(sums[group + g]) for g in range(group)]
     steps = []
     for top in tops_w:
@@ -534,38 +506,64 @@ def _chunk(
 
     def quantize_page(i: Value, totals: list[Value]) -> list[Value]:
         fetch(following(i), keys, 0)
-        first = b.sub(b.mul(i, kit.i64(PAGE)), base)
+        first = b.mul(i, kit.i64(PAGE))
         for n in range(PAGE // LANES):
             for g in range(group):
-                column = b.add(first, kit.i64(g * chunk + n * LANES))
-                p = kit.rne(b.fmul(kit.load(kit.item(s.scores, column, F32), VF), steps[g]))
-                kit.store(b.trunc(p, VB), kit.at(s.weights, column))
+                at = column(g, b.add(first, kit.i64(n * LANES)))
+                p = kit.rne(b.fmul(kit.load(kit.item(s.scores, at, F32), VF), steps[g]))
+                kit.store(b.trunc(p, VB), kit.at(s.weights, at))
                 totals[g] = b.add(totals[g], p)
         return totals
 
     totals = kit.loop(first_page, end_page, 1, [kit.vi(0)] * group, quantize_page)
-    blocks = dim // LANES
-    for g in range(group):
-        value = kit.splat(correction(kit, kit.reduce_add(totals[g])))
-        for n in range(blocks):
-            kit.store(value, kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32))
-
-    def value_page(i: Value) -> None:
-        fetch(following(i), keys, 1)
-        first = b.sub(b.mul(i, kit.i64(PAGE)), base)
-        block = kit.at(page(i), PAGE * dim)
-        p = kit.at(s.weights, first)
-        _matrix(kit, p, chunk, block, kit.i64(PAGE // 4), s.tile, group, blocks)
-
-    kit.each(first_page, end_page, value_page)
     for g in range(group):
         kit.store(maxima[g], kit.item(state.m, g, F32))
         total = b.sitofp(kit.reduce_add(sums[g]), F32)
         kit.store(b.fmul(total, kit.f32(2.0**-DENOMINATOR_BITS)), kit.item(state.l, g, F32))
-        scale = kit.splat(b.fmul(tops_w[g], kit.f32(float(R127))))
-        for n in range(blocks):
-            dot = kit.load(kit.item(s.tile, _tile_offset(kit, group, blocks, g, n), I32), VI)
-            kit.store(b.fmul(b.sitofp(dot, VF), scale), kit.item(state.o, g * dim + n * LANES, F32))
+    corrections = [kit.splat(correction(kit, kit.reduce_add(total))) for total in totals]
+    for tile, (some, blocks) in enumerate(_tiles(kit, group, dim // LANES)):
+
+        def value_page(i: Value, acc: list[Value]) -> list[Value]:
+            if tile == 0:
+                fetch(following(i), keys, 1)
+            first = b.sub(b.mul(i, kit.i64(PAGE)), base)
+            p = [kit.at(s.weights, b.add(first, kit.i64(g * chunk))) for g in some]
+            at = kit.at(page(i), PAGE * dim)
+            streams = [kit.at(at, n * LANES * PAGE) for n in blocks]
+            return summed(kit, p, streams, kit.i64(PAGE // 4), acc)
+
+        starts = [corrections[g] for g in some for _ in blocks]
+        dots = iter(kit.loop(first_page, end_page, 1, starts, value_page))
+        for g in some:
+            scale = kit.splat(b.fmul(tops_w[g], kit.f32(float(R127))))
+            for n in blocks:
+                o = b.fmul(b.sitofp(next(dots), VF), scale)
+                kit.store(o, kit.item(state.o, g * dim + n * LANES, F32))
+
+
+def _over_pages(
+    kit: Kit,
+    span: _Span,
+    carried: list[Value],
+    body: Callable[[Value, list[Value], bool], list[Value]],
+) -> list[Value]:
+    """body(page, carried, whole) over the chunk's pages, first those that are visible as a whole,
+    then those at its edges: what is carried must not depend on the order."""
+    b = kit.b
+    first, end = b.sdiv(span.low, kit.i64(PAGE)), b.add(b.sdiv(span.high, kit.i64(PAGE)), kit.i64(1))
+    whole = b.sdiv(b.add(span.low, kit.i64(PAGE - 1)), kit.i64(PAGE))
+    whole_end = b.sdiv(b.add(span.high, kit.i64(1)), kit.i64(PAGE))
+    whole_end = b.select(b.icmp_signed(">", whole_end, whole), whole_end, whole)
+    carried = kit.loop(whole, whole_end, 1, carried, lambda i, old: body(i, old, True))
+    before = b.sub(whole, first)
+    count = b.add(before, b.sub(end, whole_end))
+
+    def edge(x: Value, old: list[Value]) -> list[Value]:
+        after = b.add(whole_end, b.sub(x, before))
+        is_before = b.icmp_signed("<", x, before)
+        return body(b.select(is_before, b.add(first, x), after), old, False)
+
+    return kit.loop(kit.i64(0), count, 1, carried, edge)
 
 
 def _merge(kit: Kit, op: Attention, total: _State, part: _State, fresh: Value) -> None:

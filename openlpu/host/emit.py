@@ -28,6 +28,8 @@ KERNEL = ir.FunctionType(ir.VoidType(), [PTR, PTR, I64, I64])  # context, task, 
 
 _MAGIC = 12582912.0  # 1.5 * 2**23: adding it rounds to an integer, nearest even
 _MAGIC_BITS = struct.unpack("<i", struct.pack("<f", _MAGIC))[0]
+_ALL_LANES = ir.Constant(ir.IntType(16), -1)  # the mask of AVX-512's intrinsics
+_CURRENT_MODE = 4  # and their rounding: the thread's own, which walk.py sets to the nearest
 
 Value = Any  # an llvmlite IR value
 
@@ -215,23 +217,39 @@ class Kit:
     def rne(self, x: Value) -> Value:
         """Round to an integer, nearest even; |x| <= 2**22. Vector or scalar."""
         vector = isinstance(x.type, ir.VectorType)
+        if vector and self.target.name == "avx512":  # in the current mode, which is the nearest
+            name = "llvm.x86.avx512.mask.cvtps2dq.512"
+            return self.intrinsic(name, VI, [x, self.vi(0), _ALL_LANES, self.i32(_CURRENT_MODE)])
         magic = self.vf(_MAGIC) if vector else self.f32(_MAGIC)
         base = self.vi(_MAGIC_BITS) if vector else self.i32(_MAGIC_BITS)
         return self.b.sub(self.bits(self.b.fadd(x, magic), VI if vector else I32), base)
 
     def exp2(self, t: Value) -> Value:
         """numerics.functions.exp2, 16 lanes."""
+        high = self.vf(float(EXP2_LIMIT))
+        low = self.vf(-float(EXP2_LIMIT))
+        t = self.maximum(t, low)  # a NaN becomes `low`
+        return self._exp2(self.b.select(self.b.fcmp_ordered("<", t, high), t, high))
+
+    def exp2_below_1(self, t: Value) -> Value:
+        """exp2 where no t is above 0, so that nothing has to be clamped there."""
+        return self._exp2(self.maximum(t, self.vf(-float(EXP2_LIMIT))))
+
+    def _exp2(self, t: Value) -> Value:
         b = self.b
-        low, high = self.vf(-float(EXP2_LIMIT)), self.vf(float(EXP2_LIMIT))
-        t = b.select(b.fcmp_ordered(">", t, low), t, low)
-        t = b.select(b.fcmp_ordered("<", t, high), t, high)
-        shifted = b.fadd(t, self.vf(_MAGIC))
-        n = b.fsub(shifted, self.vf(_MAGIC))
+        if self.target.name == "avx512":  # instructions that round, and multiply by 2**n
+            n = self.intrinsic("llvm.rint.v16f32", VF, [t])
+        else:
+            shifted = b.fadd(t, self.vf(_MAGIC))
+            n = b.fsub(shifted, self.vf(_MAGIC))
         f = b.fsub(t, n)
         p = self.vf(float(EXP2_COEFFICIENTS[-1]))
         for c in EXP2_COEFFICIENTS[-2::-1]:
             p = b.fadd(b.fmul(p, f), self.vf(float(c)))
         p = b.fadd(b.fmul(p, f), self.vf(1.0))
+        if self.target.name == "avx512":
+            args = [p, n, self.vf(0.0), _ALL_LANES, self.i32(_CURRENT_MODE)]
+            return self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", VF, args)
         exponent = b.sub(self.bits(shifted, VI), self.vi(_MAGIC_BITS - 127))
         return b.fmul(p, self.bits(b.shl(exponent, self.vi(23)), VF))
 

@@ -114,6 +114,11 @@ class HostModel:
     def kv_bytes(self) -> int:
         return self._kv.shape[0]
 
+    @property
+    def kv(self) -> NDArray[np.uint8]:
+        """The pool itself, [pages][page_bytes]; not while a step runs."""
+        return self._kv.reshape(self.pages, self.page_bytes)
+
     def _set(self, field: Context, value: int) -> None:
         self._context[field] = value
 

@@ -46,44 +46,61 @@ SHAPES = {
 MICRO = ir.FunctionType(ir.VoidType(), [PTR, I64, PTR, I64, PTR])  # x, ldx, w, K/4, tile
 
 
+def summed(
+    kit: Kit,
+    rows: list[Value],
+    streams: list[Value],
+    k4: Value,
+    start: list[Value],
+    ahead: Value | None = None,
+) -> list[Value]:
+    """start[m * nr + n] + row m . block n, over k4 lines: all in registers.
+
+    rows: addresses of int8 rows; streams: of `nr` blocks. ahead: how many bytes further to fetch.
+    """
+    b = kit.b
+    mr, nr = len(rows), len(streams)
+    # A short chain of dependent sums would wait for itself: split k over several accumulators.
+    sums = SHAPES[kit.target.name].sums
+    ways = min(4 if mr * nr <= 2 else 2 if mr * nr <= 6 else 1, max(1, sums // (mr * nr)))
+    unroll = max(ways, min(4, sums) if mr * nr <= 4 else 1)
+
+    def body(k: Value, acc: list[Value]) -> list[Value]:
+        for u in range(unroll):
+            at = b.add(k, kit.i64(u))
+            lines = [kit.at(s, b.mul(at, kit.i64(LINE_BYTES))) for s in streams]
+            blocks = [kit.load(line, BLOCK) for line in lines]
+            for line in lines if ahead is not None else []:
+                kit.prefetch(b.gep(line, [ahead], source_etype=I8))
+            for m in range(mr):
+                x4 = kit.load(kit.item(rows[m], at, I32), I32)
+                for n in range(nr):
+                    i = (u % ways * mr + m) * nr + n
+                    acc[i] = kit.dot4(acc[i], blocks[n], x4)
+        return acc
+
+    acc = kit.loop(kit.i64(0), k4, unroll, start + [kit.vi(0)] * ((ways - 1) * mr * nr), body)
+    totals = acc[: mr * nr]
+    for way in range(1, ways):
+        totals = [b.add(total, acc[way * mr * nr + i]) for i, total in enumerate(totals)]
+    return totals
+
+
 def microkernel(kit: Kit, mr: int, nr: int) -> Value:
     """tile[mr][nr*16] += x[mr][K] . w panel: x int8 rows `ldx` bytes apart."""
     name = f"micro_{mr}x{nr}"
     found = kit.defined(name)
     if found is not None:
         return found
-    # A short chain of dependent sums would wait for itself: split k over several accumulators.
-    sums = SHAPES[kit.target.name].sums
-    ways = min(4 if mr * nr <= 2 else 2 if mr * nr <= 6 else 1, max(1, sums // (mr * nr)))
-    unroll = max(ways, min(4, sums) if mr * nr <= 4 else 1)
     with kit.function(name, MICRO, internal=True) as (x, ldx, w, k4, tile):
         b = kit.b
         block_bytes = b.mul(k4, kit.i64(LINE_BYTES))
         streams = [kit.at(w, b.mul(block_bytes, kit.i64(n))) for n in range(nr)]
         rows = [kit.at(x, b.mul(ldx, kit.i64(m))) for m in range(mr)]
         tiles = [kit.item(tile, i * LANES, I32) for i in range(mr * nr)]
-        start = [kit.load(t, VI) for t in tiles] + [kit.vi(0)] * ((ways - 1) * mr * nr)
-        panel_bytes = b.mul(block_bytes, kit.i64(nr))
-
-        def body(k: Value, acc: list[Value]) -> list[Value]:
-            for u in range(unroll):
-                at = b.add(k, kit.i64(u))
-                lines = [kit.at(s, b.mul(at, kit.i64(LINE_BYTES))) for s in streams]
-                blocks = [kit.load(line, BLOCK) for line in lines]
-                for line in lines if mr >= FETCH_ROWS else []:
-                    kit.prefetch(b.gep(line, [panel_bytes], source_etype=I8))
-                for m in range(mr):
-                    x4 = kit.load(kit.item(rows[m], at, I32), I32)
-                    for n in range(nr):
-                        i = (u % ways * mr + m) * nr + n
-                        acc[i] = kit.dot4(acc[i], blocks[n], x4)
-            return acc
-
-        acc = kit.loop(kit.i64(0), k4, unroll, start, body)
-        for i, t in enumerate(tiles):
-            total = acc[i]
-            for way in range(1, ways):
-                total = b.add(total, acc[way * mr * nr + i])
+        start = [kit.load(t, VI) for t in tiles]
+        panel_bytes = b.mul(block_bytes, kit.i64(nr)) if mr >= FETCH_ROWS else None
+        for total, t in zip(summed(kit, rows, streams, k4, start, panel_bytes), tiles, strict=True):
             kit.store(total, t)
     return kit.module.globals[name]
 
