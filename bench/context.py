@@ -84,8 +84,8 @@ def measure(
     runner: Runner, memory: MemoryRead, peak: IntegerPeak, rounds: int, console: Console
 ) -> dict[str, Any]:
     """Every value of every round; limits are read before and after each, and the larger counts."""
-    prompts = {n: {"seconds": [], "products_per_s": []} for n in PROMPTS}
-    decode = {n: {"seconds": [], "bytes_per_s": []} for n in CONTEXTS}
+    prompts: dict[int, Any] = {n: {"seconds": [], "products_per_s": []} for n in PROMPTS}
+    decode: dict[int, Any] = {n: {"seconds": [], "bytes_per_s": []} for n in CONTEXTS}
     strangers = []
     for index in range(rounds):
         console.print(f"round {index + 1} of {rounds}")

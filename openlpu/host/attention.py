@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from openlpu.graph.step import PAGE
-from openlpu.host.emit import F32, I8, I32, I64, LANES, PTR, VB, VF, VI, Kit, Value
+from openlpu.host.emit import F32, I8, I32, I64, LANES, PTR, VB, VF, Kit, Value
 from openlpu.host.gemm import SHAPES, summed
 from openlpu.host.kernels import Attention
 from openlpu.host.layout import APART_ROWS, TASK_ARGS, Context, head_bytes, padded
@@ -81,6 +81,9 @@ def install(kit: Kit, name: str, op: Attention) -> None:
         normal = kit.scratch(F32, dim)
         turned = kit.scratch(F32, dim)
         values = kit.scratch(I8, dim)
+        # While no sequence has several rows, each unit has a page of its own, which this thread
+        # reads when all its units are installed.
+        alone = b.icmp_signed("==", kit.field(context, Context.SHARED_KV), kit.i64(0))
 
         def source(field: int, width: int, row: Value, head: Value) -> Value:
             ld = fused_width if op.fused else padded(width)
@@ -105,6 +108,9 @@ def install(kit: Kit, name: str, op: Attention) -> None:
             page = _page(kit, op, args, row, head)(b.sdiv(position, kit.i64(PAGE)))
             j = b.srem(position, kit.i64(PAGE))
             queries = query_base(kit, op, task, row, head)
+            with b.if_then(alone):
+                for line in range(0, head_bytes(dim), 64):
+                    kit.prefetch(kit.at(page, line))
 
             def query(g: Value) -> None:
                 which = b.add(b.mul(head, kit.i64(op.group)), g)
@@ -521,10 +527,12 @@ def _chunk(
         total = b.sitofp(kit.reduce_add(sums[g]), F32)
         kit.store(b.fmul(total, kit.f32(2.0**-DENOMINATOR_BITS)), kit.item(state.l, g, F32))
     corrections = [kit.splat(correction(kit, kit.reduce_add(total))) for total in totals]
-    for tile, (some, blocks) in enumerate(_tiles(kit, group, dim // LANES)):
+
+    def values_of(some: range, blocks: range) -> list[Value]:
+        """The weighted sums of some heads' and blocks' values, over all pages."""
 
         def value_page(i: Value, acc: list[Value]) -> list[Value]:
-            if tile == 0:
+            if not (some.start or blocks.start):
                 fetch(following(i), keys, 1)
             first = b.sub(b.mul(i, kit.i64(PAGE)), base)
             p = [kit.at(s.weights, b.add(first, kit.i64(g * chunk))) for g in some]
@@ -533,7 +541,10 @@ def _chunk(
             return summed(kit, p, streams, kit.i64(PAGE // 4), acc)
 
         starts = [corrections[g] for g in some for _ in blocks]
-        dots = iter(kit.loop(first_page, end_page, 1, starts, value_page))
+        return kit.loop(first_page, end_page, 1, starts, value_page)
+
+    for some, blocks in _tiles(kit, group, dim // LANES):
+        dots = iter(values_of(some, blocks))
         for g in some:
             scale = kit.splat(b.fmul(tops_w[g], kit.f32(float(R127))))
             for n in blocks:
@@ -550,7 +561,10 @@ def _over_pages(
     """body(page, carried, whole) over the chunk's pages, first those that are visible as a whole,
     then those at its edges: what is carried must not depend on the order."""
     b = kit.b
-    first, end = b.sdiv(span.low, kit.i64(PAGE)), b.add(b.sdiv(span.high, kit.i64(PAGE)), kit.i64(1))
+    first, end = (
+        b.sdiv(span.low, kit.i64(PAGE)),
+        b.add(b.sdiv(span.high, kit.i64(PAGE)), kit.i64(1)),
+    )
     whole = b.sdiv(b.add(span.low, kit.i64(PAGE - 1)), kit.i64(PAGE))
     whole_end = b.sdiv(b.add(span.high, kit.i64(1)), kit.i64(PAGE))
     whole_end = b.select(b.icmp_signed(">", whole_end, whole), whole_end, whole)

@@ -167,9 +167,10 @@ class Kit:
         slot.type = PTR  # opaque, as every pointer here
         return slot
 
-    def prefetch(self, pointer: Value) -> None:
-        """Ask for a line to be read into the second cache; a wrong address does nothing."""
-        hint = [pointer, self.i32(0), self.i32(2), self.i32(1)]
+    def prefetch(self, pointer: Value, *, write: bool = False) -> None:
+        """Ask for a line to be read into the second cache, or, to be written, into the first; a
+        wrong address does nothing."""
+        hint = [pointer, self.i32(int(write)), self.i32(3 if write else 2), self.i32(1)]
         function = self.external("llvm.prefetch.p0", ir.VoidType(), [PTR, I32, I32, I32])
         self.b.call(function, hint)
 
@@ -263,11 +264,9 @@ class Kit:
         """numerics.functions.hadamard_blocks of one block."""
         b = self.b
         for stride in (1, 2, 4, 8):
-            low = self.shuffle(x, [i & ~stride for i in range(LANES)])
-            high = self.shuffle(x, [i | stride for i in range(LANES)])
+            other = self.shuffle(x, [i ^ stride for i in range(LANES)])
             flip = ir.Constant(VI, [-(1 << 31) if i & stride else 0 for i in range(LANES)])
-            high = self.bits(b.xor(self.bits(high, VI), flip), VF)
-            x = b.fadd(low, high)
+            x = b.fadd(other, self.bits(b.xor(self.bits(x, VI), flip), VF))  # b + a, a + (-b)
         return b.fmul(x, self.vf(0.25))
 
     def magnitude_bits(self, x: Value) -> Value:

@@ -131,6 +131,25 @@ def dispatch(kit: Kit, name: str, kernels: list[Value]) -> Value:
     return kit.module.globals[name]
 
 
+def _place(kit: Kit, op: Linear, pointer: int, block: Value, row: Value, task: Value) -> Value:
+    """Where the first of neighbouring blocks goes, or where its residual lies."""
+    b = kit.b
+    lane = b.mul(block, kit.i64(LANES))
+    lane = b.sdiv(lane, kit.i64(2)) if op.epilogue == "swiglu" else lane
+    at = b.add(b.mul(row, kit.i64(padded(op.out_width))), lane)
+    return kit.item(kit.pointer(task, pointer), at, F32)
+
+
+def expect(kit: Kit, op: Linear, block: Value, row: Value, task: Value, nr: int) -> None:
+    """Ask for the lines that `finish` will write and read."""
+    for n in range(nr // 2 if op.epilogue == "swiglu" else nr):
+        out = _place(kit, op, TASK_ARGS, block, row, task)
+        kit.prefetch(kit.at(out, n * LINE_BYTES), write=True)
+        if op.epilogue == "add":
+            residual = _place(kit, op, TASK_ARGS + 5, block, row, task)
+            kit.prefetch(kit.at(residual, n * LINE_BYTES))
+
+
 def finish(
     kit: Kit, op: Linear, ys: list[Value], block: Value, row: Value, task: Value, nr: int
 ) -> None:
@@ -210,6 +229,8 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
                     value = kit.splat(kit.load(at, I32))
                     for n in range(nr):
                         kit.store(value, at_tile(m, n), align=64)
+                    if not few:
+                        expect(kit, op, block, b.add(first, m), task, nr)
 
                 kit.each(kit.i64(0), count, start)
                 panel = kit.at(w, b.mul(block, kit.i64(op.k * LANES)))

@@ -26,7 +26,6 @@ from openlpu.numerics.quant import R127, TINY
 
 _INF_BITS = 0x7F800000
 _NAN = float("nan")
-MapVector = Callable[[Value, Value], Value]  # (16 lanes, column) -> 16 lanes
 
 
 def row_count(kit: Kit, context: Value, task: Value) -> Value:
@@ -50,12 +49,11 @@ def columns(kit: Kit, width: int, body: Callable[[Value], None]) -> None:
     kit.each(kit.i64(0), kit.i64(width), body, step=LANES)
 
 
-def row_magnitude(kit: Kit, x: Value, width: int, change: MapVector | None = None) -> Value:
-    """Largest magnitude of a row, as bits (i32); `change` maps each vector first."""
+def row_magnitude(kit: Kit, x: Value, width: int) -> Value:
+    """Largest magnitude of a row, as bits (i32)."""
 
     def body(i: Value, carried: list[Value]) -> list[Value]:
         v = kit.load(kit.item(x, i, F32), VF)
-        v = change(v, i) if change else v
         return [kit.umax(carried[0], kit.magnitude_bits(v))]
 
     (top,) = kit.loop(kit.i64(0), kit.i64(width), LANES, [kit.vi(0)], body)
@@ -80,28 +78,18 @@ def quant_scale(kit: Kit, amax: Value) -> Value:
     return b.select(tiny, kit.f32(0.0), b.fmul(amax, kit.f32(float(R127))))
 
 
-def quantize_span(
-    kit: Kit,
-    x: Value,
-    out: Value,
-    start: Value,
-    width: int,
-    change: MapVector | None = None,
-) -> tuple[Value, Value]:
+def quantize_span(kit: Kit, x: Value, out: Value, start: Value, width: int) -> tuple[Value, Value]:
     """Quantize columns [start, start+width) of x into int8 at out; returns (scale, sum of q)."""
     b = kit.b
     base = kit.item(x, start, F32)
     into = kit.at(out, start)
 
-    def changed(v: Value, i: Value) -> Value:
-        return change(v, b.add(start, i)) if change else v
-
-    bits = row_magnitude(kit, base, width, changed)
+    bits = row_magnitude(kit, base, width)
     step, amax, keep = step_and_scale(kit, bits, 127)
     steps, mask = kit.splat(step), kit.splat(keep)
 
     def body(i: Value, carried: list[Value]) -> list[Value]:
-        v = changed(kit.load(kit.item(base, i, F32), VF), i)
+        v = kit.load(kit.item(base, i, F32), VF)
         q = b.and_(kit.rne(b.fmul(v, steps)), mask)
         kit.store(b.trunc(q, VB), kit.at(into, i))
         return [b.add(carried[0], q)]
@@ -115,9 +103,7 @@ def correction(kit: Kit, total: Value) -> Value:
     return kit.b.mul(total, kit.i32(-128)) if kit.biased else kit.i32(0)
 
 
-def quantize_row(
-    kit: Kit, x: Value, out: Value, width: int, group: int, change: MapVector | None = None
-) -> None:
+def quantize_row(kit: Kit, x: Value, out: Value, width: int, group: int) -> None:
     """Quantize one row into the layout of layout.quantized_bytes."""
     b = kit.b
     count = width // group if group else 1
@@ -126,7 +112,7 @@ def quantize_row(
 
     def span(g: Value, size: int) -> None:
         start = b.mul(g, kit.i64(size))
-        scale, total = quantize_span(kit, x, out, start, size, change)
+        scale, total = quantize_span(kit, x, out, start, size)
         kit.store(scale, kit.item(scales, g, F32))
         # Formats with minima need the plain sum: blocked rows keep it, dot4 shifts it there.
         kept = total if group else correction(kit, total)
@@ -215,13 +201,20 @@ def quant(kit: Kit, name: str, width: int, *, group: int, hadamard: bool) -> Non
     """args: out, x."""
     with kit.function(name) as args:
         x = kit.pointer(args[1], TASK_ARGS + 1)
-        change = (lambda v, _: kit.hadamard16(v)) if hadamard else None
-        my_quantized_rows(
-            kit,
-            args,
-            quantized_bytes(width, group),
-            lambda r, out: quantize_row(kit, _row(kit, x, r, width), out, width, group, change),
-        )
+        turned = kit.scratch(F32, width) if hadamard else None
+
+        def body(r: Value, out: Value) -> None:
+            row = _row(kit, x, r, width)
+            if turned is not None:
+
+                def block(i: Value) -> None:
+                    y = kit.hadamard16(kit.load(kit.item(row, i, F32), VF))
+                    kit.store(y, kit.item(turned, i, F32))
+
+                columns(kit, width, block)
+            quantize_row(kit, row if turned is None else turned, out, width, group)
+
+        my_quantized_rows(kit, args, quantized_bytes(width, group), body)
 
 
 def rmsnorm_quant(kit: Kit, name: str, width: int, *, group: int, eps: float, gain: bool) -> None:
