@@ -127,6 +127,25 @@ def test_every_pass_keeps_the_bits_on_the_host(family: str, store: Store) -> Non
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), name
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(2, 2, 16), (6, 2, 48), (8, 1, 64), (14, 1, 32)]
+)
+def test_windows_of_whole_pages_and_edges(
+    heads: int, kv_heads: int, head_dim: int, store: Store
+) -> None:
+    """Windows that begin and end anywhere in a page and a chunk, and every shape of a tile: one
+    head to a key, a few, as many as registers hold, and more."""
+    known = FAMILIES["mistral"]
+    config = replace(known, heads=heads, kv_heads=kv_heads, head_dim=head_dim, windows=(150, 213))
+    compiled = random_model("mistral", config=config)
+    rows = prompt(700)
+    steps = [batch(rows[:512], wanted=range(0, 512, 3)), batch(rows[512:600]), batch(rows[600:601])]
+    reference = compiled.reference()
+    with closing(host_of(compiled, store, threads=2)) as host:
+        for step in steps:
+            assert same_bits(host.step(step), reference.step(step))
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])  # a window; one K/V head
 def test_threads_share_the_chunks_of_a_long_context(family: str, store: Store) -> None:
     """Few rows far from the beginning: one, drafts, several sequences, more threads than chunks."""

@@ -216,37 +216,35 @@ def attend(kit: Kit, name: str, op: Attention) -> None:
         b = kit.b
         parts = kit.pointer(args[0], Context.PARTS)
         apart = b.icmp_unsigned("!=", b.ptrtoint(parts, I64), kit.i64(0))
-        total = _State.scratch(kit, op)
         with b.if_else(apart) as (then, otherwise):
             with then:
-                _attend_apart(kit, op, args, part, parts, total)
+                _attend_apart(kit, op, args, part, parts)
             with otherwise:
-                _attend_whole(kit, op, args, part, total)
+                _attend_whole(kit, op, args, part)
 
 
-def _attend_whole(
-    kit: Kit, op: Attention, args: tuple[Value, ...], part: Value, total: _State
-) -> None:
+def _attend_whole(kit: Kit, op: Attention, args: tuple[Value, ...], part: Value) -> None:
     """A unit's chunks one after the other, merged at once."""
     context, task = args[0], args[1]
     b = kit.b
-    fresh_part = _State.scratch(kit, op)
+    total, later = _State.scratch(kit, op), _State.scratch(kit, op)
 
     def unit(row: Value, head: Value) -> None:
         first, chunks = _chunks(kit, op, context, row)
 
         def one(i: Value) -> None:
-            b.call(part, [context, task, row, head, b.add(first, i), fresh_part.base])
-            _merge(kit, op, total, fresh_part, b.icmp_signed("==", i, kit.i64(0)))
+            b.call(part, [context, task, row, head, b.add(first, i), later.base])
+            _merge(kit, op, total, later)
 
-        kit.each(kit.i64(0), chunks, one)
+        b.call(part, [context, task, row, head, first, total.base])
+        kit.each(kit.i64(1), chunks, one)
         _finish(kit, op, task, row, head, total)
 
     _units(kit, op, args, unit)
 
 
 def _attend_apart(
-    kit: Kit, op: Attention, args: tuple[Value, ...], part: Value, parts: Value, total: _State
+    kit: Kit, op: Attention, args: tuple[Value, ...], part: Value, parts: Value
 ) -> None:
     """Few rows over long contexts: every thread takes an equal share of all units' chunks; when all
     have met, the parts are merged in the order of the contract."""
@@ -287,12 +285,12 @@ def _attend_apart(
             mine = b.srem(b.add(b.mul(row, heads), head), threads)
             with b.if_then(b.icmp_signed("==", mine, thread)):
                 here = b.add(before[0], b.mul(head, chunks))
+                total = _State(kit, op, at(here))
 
                 def one(i: Value) -> None:
-                    state = _State(kit, op, at(b.add(here, i)))
-                    _merge(kit, op, total, state, b.icmp_signed("==", i, kit.i64(0)))
+                    _merge(kit, op, total, _State(kit, op, at(b.add(here, i))))
 
-                kit.each(kit.i64(0), chunks, one)
+                kit.each(kit.i64(1), chunks, one)
                 _finish(kit, op, task, row, head, total)
 
         kit.each(kit.i64(0), heads, unit)
@@ -580,28 +578,26 @@ def _over_pages(
     return kit.loop(kit.i64(0), count, 1, carried, edge)
 
 
-def _merge(kit: Kit, op: Attention, total: _State, part: _State, fresh: Value) -> None:
-    """Fold a chunk's m, l, o into the totals; the first chunk replaces them."""
+def _merge(kit: Kit, op: Attention, total: _State, part: _State) -> None:
+    """Fold a later chunk's m, l, o into the totals."""
     b = kit.b
     dim = op.head_dim
 
     def head(g: Value) -> None:
         m, l = (kit.load(kit.item(p, g, F32), F32) for p in (part.m, part.l))
         old_m, old_l = (kit.load(kit.item(p, g, F32), F32) for p in (total.m, total.l))
-        old_m = b.select(fresh, m, old_m)
         top = kit.select(b.fcmp_ordered(">", m, old_m), m, old_m)
         x, y = (kit.exp2(kit.splat(b.fsub(v, top))) for v in (old_m, m))
         x0, y0 = (b.extract_element(v, kit.i32(0)) for v in (x, y))
-        merged = b.fadd(b.fmul(old_l, x0), b.fmul(l, y0))
         kit.store(top, kit.item(total.m, g, F32))
-        kit.store(b.select(fresh, l, merged), kit.item(total.l, g, F32))
+        merged = b.fadd(b.fmul(old_l, x0), b.fmul(l, y0))
+        kit.store(merged, kit.item(total.l, g, F32))
 
         def block(d: Value) -> None:
             i = b.add(b.mul(g, kit.i64(dim)), d)
             o = kit.load(kit.item(part.o, i, F32), VF)
             old = kit.load(kit.item(total.o, i, F32), VF)
-            both = b.fadd(b.fmul(old, x), b.fmul(o, y))
-            kit.store(b.select(fresh, o, both), kit.item(total.o, i, F32))
+            kit.store(b.fadd(b.fmul(old, x), b.fmul(o, y)), kit.item(total.o, i, F32))
 
         columns(kit, dim, block)
 
