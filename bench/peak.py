@@ -60,7 +60,7 @@ class IntegerPeak:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         target = select()
-        self.known = target.name == KERNELS
+        self.known = target.vectors == KERNELS
         if self.known:
             self._pool = ThreadPoolExecutor(threads)
             self._code = Loaded(compile_ir(dot_ir(), target), ["dots"])

@@ -6,6 +6,7 @@ may not change a single rounding.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,29 +22,42 @@ class Target:
     own, an empty cpu a generic one."""
 
     name: str
+    vectors: str  # the vector instructions it is written in: its own name, unless it adds to a set
     triple: str
     cpu: str
     features: str
     needs: tuple[str, ...]  # features the processor must report
 
+    @property
+    def tiles(self) -> bool:
+        """Whether it has registers of 16 rows of 64 bytes, and their products."""
+        return self.name == "amx"
+
+
+# Linux, Documentation/arch/x86/xstate.rst
+_ARCH_PRCTL, _REQUEST_STATE, _TILE_STATE = 158, 0x1023, 18
 
 X86 = "x86_64-unknown-linux-gnu"
 AARCH64 = "aarch64-unknown-linux-gnu"
 RISCV64 = "riscv64-unknown-linux-gnu"
+_VNNI = "+avx512vnni,-prefer-256-bit"
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(
+            "amx",
             "avx512",
             X86,
             "x86-64-v4",
-            "+avx512vnni,-prefer-256-bit",
-            ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"),
+            f"{_VNNI},+amx-tile,+amx-int8",
+            (*_AVX512, "amx-tile", "amx-int8"),
         ),
-        Target("avx2", X86, "x86-64-v3", "", ("avx2", "fma", "bmi2")),
-        Target("neon", AARCH64, "", "+dotprod", ("dotprod",)),
-        Target("rvv", RISCV64, "", "+m,+a,+f,+d,+c,+v", ("v",)),  # vectors of 128 bits or more
-        Target("plain", "", "", "", ()),  # portable: this machine's own triple, generic processor
+        Target("avx512", "avx512", X86, "x86-64-v4", _VNNI, _AVX512),
+        Target("avx2", "avx2", X86, "x86-64-v3", "", ("avx2", "fma", "bmi2")),
+        Target("neon", "neon", AARCH64, "", "+dotprod", ("dotprod",)),
+        Target("rvv", "rvv", RISCV64, "", "+m,+a,+f,+d,+c,+v", ("v",)),  # of 128 bits or more
+        Target("plain", "plain", "", "", "", ()),  # this machine's own triple, generic processor
     )
 }
 
@@ -68,8 +82,17 @@ def available() -> tuple[str, ...]:
     """Names of the kernel sets this processor can execute, best first."""
     features = _binding().get_host_cpu_features()
     return tuple(
-        name for name, t in TARGETS.items() if all(features.get(need, False) for need in t.needs)
+        name
+        for name, t in TARGETS.items()
+        if all(features.get(need, False) for need in t.needs) and (not t.tiles or _may_use_tiles())
     )
+
+
+def _may_use_tiles() -> bool:
+    """Ask Linux for the state of tile registers, which a process has only after it asked; all
+    threads have it then. Refused where the kernel is older than 5.16, or by a sandbox."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    return int(call(_ARCH_PRCTL, _REQUEST_STATE, _TILE_STATE)) == 0
 
 
 def select(name: str | None = None) -> Target:

@@ -71,7 +71,7 @@ KERNELS = Knob(
     "auto",
     "Kernel set of the host engine; auto takes the best this processor has. "
     "All sets give the same bits.",
-    choices=("auto", "avx512", "avx2", "neon", "rvv", "plain"),
+    choices=("auto", "amx", "avx512", "avx2", "neon", "rvv", "plain"),
 )
 CALIBRATION = Knob(
     "LPU_CALIBRATION",

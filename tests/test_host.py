@@ -22,6 +22,7 @@ from openlpu.graph import Batch, Param, Tensor
 from openlpu.host import HostModel, build
 from openlpu.host.layout import APART_ROWS, MAX_ROWS
 from openlpu.host.plan import make_plan
+from openlpu.load.config import ModelConfig
 from openlpu.load.weights import Tensor as StoredTensor
 from openlpu.load.weights import Weights
 from openlpu.passes.recipe import Materializer
@@ -35,7 +36,7 @@ KERNELS = [
             name not in jit.available(), reason=f"this processor has no {name}"
         ),
     )
-    for name in ("avx512", "avx2", "plain")
+    for name in ("amx", "avx512", "avx2", "plain")
 ]
 
 
@@ -67,12 +68,13 @@ def same_bits(got: np.ndarray, expected: np.ndarray) -> bool:
     )
 
 
-def block_model(family: str, encoding: str) -> Compiled:
+def block_model(family: str, encoding: str, config: ModelConfig | None = None) -> Compiled:
     """A random model whose matrices are stored in blocks, as a GGUF file of that type has them."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    config = replace(FAMILIES[family], dim=96, head_dim=32)  # every K a multiple of 32
+    # Every K is a multiple of 32.
+    config = config or replace(FAMILIES[family], dim=96, head_dim=32)
     plain = random_weights(config)
     tensors: dict[str, StoredTensor] = {}
     for name in plain.names():
@@ -107,6 +109,23 @@ def test_host_equals_reference(family: str, precision: str, kernels: str, store:
     with closing(host_of(compiled, store, kernels=kernels, threads=2)) as host:
         for step in steps:
             assert same_bits(host.step(step), reference.step(step))
+
+
+@pytest.mark.skipif("amx" not in jit.available(), reason="this processor has no amx")
+@pytest.mark.parametrize("precision", ["w8", "q4_0", "q4_1", "q8_0"])
+def test_tiles_of_any_number_of_rows(precision: str, store: Store) -> None:
+    """Tiles that are full, and such that have rows of nobody; gate and up, residuals, biases."""
+    config = replace(FAMILIES["qwen2"], dim=192, ffn_dim=320, head_dim=64)
+    compiled = (
+        random_model("qwen2", config=config)
+        if precision == "w8"
+        else block_model("qwen2", precision, config)
+    )
+    reference = compiled.reference()
+    with closing(host_of(compiled, store, kernels="amx", threads=2)) as host:
+        for slot, rows in enumerate((9, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 130)):
+            step = batch(prompt(rows, slot=slot))
+            assert same_bits(host.step(step), reference.step(step)), rows
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,7 +33,7 @@ Threads = Annotated[
 Kernels = Annotated[
     str | None,
     typer.Option(
-        metavar="avx512|avx2|neon|rvv|plain", help="Kernel set; the best. Changes no bit."
+        metavar="amx|avx512|avx2|neon|rvv|plain", help="Kernel set; the best. Changes no bit."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

@@ -280,9 +280,9 @@ def load(
 
     name_or_path: `smollm2`, a .gguf file, a Hugging Face folder, or org/name of the hub.
     precision: w8 (8 bits, rotated) or w4 (the checkpoint's own blocks of 32). threads: None or 0
-    means one per usable core. kernels: avx512, avx2, neon, rvv or plain; None means the best there
-    is; none of these changes a bit. context: most tokens of prompt and answer. progress: called
-    with (stage, done, in all). Raises CheckpointError, DownloadError, StoreError,
+    means one per usable core. kernels: amx, avx512, avx2, neon, rvv or plain; None means the best
+    there is; none of these changes a bit. context: most tokens of prompt and answer. progress:
+    called with (stage, done, in all). Raises CheckpointError, DownloadError, StoreError,
     UnsupportedTarget, RequestError.
     """
     threads = as_threads(threads)

@@ -56,7 +56,7 @@ class _Scratch:
 def _tiles(kit: Kit, rows: int, blocks: int) -> Iterator[tuple[range, range]]:
     """(rows, blocks) whose sums fit the registers together; K and V are in near caches, so that
     nothing else decides. All tiles of some rows have as many blocks."""
-    shape = SHAPES[kit.target.name]
+    shape = SHAPES[kit.target.vectors]
     for first in range(0, rows, shape.rows):
         some = range(first, min(first + shape.rows, rows))
         most = max(1, min(4, shape.rows * shape.width // len(some)))

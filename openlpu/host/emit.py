@@ -178,7 +178,7 @@ class Kit:
         """16 finite float16 values as float32, exactly."""
         kind = ir.VectorType(I16, LANES)
         bits = self.load(pointer, kind)
-        if self.target.name in ("avx512", "neon"):  # they have an instruction for it
+        if self.target.vectors in ("avx512", "neon"):  # they have an instruction for it
             return self.b.fpext(self.bits(bits, ir.VectorType(ir.HalfType(), LANES)), VF)
         return self.widened(self.b.zext(bits, VI))
 
@@ -218,7 +218,7 @@ class Kit:
     def rne(self, x: Value) -> Value:
         """Round to an integer, nearest even; |x| <= 2**22. Vector or scalar."""
         vector = isinstance(x.type, ir.VectorType)
-        if vector and self.target.name == "avx512":  # in the current mode, which is the nearest
+        if vector and self.target.vectors == "avx512":  # in the current mode, which is the nearest
             name = "llvm.x86.avx512.mask.cvtps2dq.512"
             return self.intrinsic(name, VI, [x, self.vi(0), _ALL_LANES, self.i32(_CURRENT_MODE)])
         magic = self.vf(_MAGIC) if vector else self.f32(_MAGIC)
@@ -238,7 +238,7 @@ class Kit:
 
     def _exp2(self, t: Value) -> Value:
         b = self.b
-        if self.target.name == "avx512":  # instructions that round, and multiply by 2**n
+        if self.target.vectors == "avx512":  # instructions that round, and multiply by 2**n
             n = self.intrinsic("llvm.rint.v16f32", VF, [t])
         else:
             shifted = b.fadd(t, self.vf(_MAGIC))
@@ -248,7 +248,7 @@ class Kit:
         for c in EXP2_COEFFICIENTS[-2::-1]:
             p = b.fadd(b.fmul(p, f), self.vf(float(c)))
         p = b.fadd(b.fmul(p, f), self.vf(1.0))
-        if self.target.name == "avx512":
+        if self.target.vectors == "avx512":
             args = [p, n, self.vf(0.0), _ALL_LANES, self.i32(_CURRENT_MODE)]
             return self.intrinsic("llvm.x86.avx512.mask.scalef.ps.512", VF, args)
         exponent = b.sub(self.bits(shifted, VI), self.vi(_MAGIC_BITS - 127))
@@ -299,22 +299,22 @@ class Kit:
     def biased(self) -> bool:
         """Whether dot4 takes stored bytes as they are (value + 128), so that every sum carries
         128 * sum(x), which the accumulator's initial value cancels."""
-        return self.target.name == "avx512"
+        return self.target.vectors == "avx512"
 
     def dot4(self, acc: Value, block: Value, x4: Value) -> Value:
         """acc[i] += sum_k (block[4i+k] (- 128)) * x[k]: block <64 x i8> of value + 128, x4 an i32
         holding four signed bytes in [-127, 127]. See `biased` for the 128."""
         b = self.b
         spread = self.splat(x4)
-        if self.target.name == "avx512":
+        if self.target.vectors == "avx512":
             x = self.bits(spread, BLOCK)
             return self.intrinsic("llvm.x86.avx512.vpdpbusd.512", VI, [acc, block, x])
-        if self.target.name == "avx2":
+        if self.target.vectors == "avx2":
             return self._dot4_avx2(acc, block, spread)
         signed = b.xor(block, ir.Constant(BLOCK, [-128] * 64))
-        if self.target.name == "neon":
+        if self.target.vectors == "neon":
             return self._dot4_neon(acc, signed, spread)
-        if self.target.name == "rvv":
+        if self.target.vectors == "rvv":
             return self._dot4_rvv(acc, signed, x4)
         # Pairs of products fit 16 bits: 2 * 128 * 127 < 2**15.
         wide, quads = ir.VectorType(I16, 64), ir.VectorType(I32, 32)

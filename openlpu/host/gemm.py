@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
+from openlpu.host import tiles
 from openlpu.host.emit import BLOCK, F32, I8, I32, I64, LANES, PTR, VF, VI, Kit, Value
 from openlpu.host.kernels import Linear
 from openlpu.host.layout import TASK_ARGS, padded, quantized_bytes
@@ -61,7 +62,7 @@ def summed(
     b = kit.b
     mr, nr = len(rows), len(streams)
     # A short chain of dependent sums would wait for itself: split k over several accumulators.
-    sums = SHAPES[kit.target.name].sums
+    sums = SHAPES[kit.target.vectors].sums
     ways = min(4 if mr * nr <= 2 else 2 if mr * nr <= 6 else 1, max(1, sums // (mr * nr)))
     unroll = max(ways, min(4, sums) if mr * nr <= 4 else 1)
 
@@ -198,14 +199,15 @@ def panels(
 
 def linear(kit: Kit, name: str, op: Linear) -> None:
     """args: out, x (quantized), weights, scales, bias, residual."""
-    shape = SHAPES[kit.target.name]
+    shape = SHAPES[kit.target.vectors]
     # Gate and up stand in neighbouring blocks, so a swiglu panel has two.
     nr = max(shape.width, 2 if op.epilogue == "swiglu" else 1)
     micro = {
         True: micro_any(kit, 1, shape.few_rows),
         False: micro_any(kit, shape.width, shape.rows),
     }
-    with kit.function(name) as (context, task, thread, threads):
+    with kit.function(name) as args:
+        context, task, thread, threads = args
         b = kit.b
         rows = row_count(kit, context, task)
         row_bytes = quantized_bytes(op.k, 0)
@@ -267,4 +269,85 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
             with then:
                 emit(True)
             with otherwise:
-                emit(False)
+                if kit.target.tiles and tiles.fits(op):
+                    tiles.configure(kit)
+                    _linear_in_tiles(kit, op, args, x)
+                    tiles.release(kit)
+                else:
+                    emit(False)
+
+
+def _linear_in_tiles(kit: Kit, op: Linear, args: tuple[Value, ...], x: Value) -> None:
+    """Panels of two blocks. The sums of some rows are finished while the tiles of the next ones are
+    multiplied: those instructions are few, so the processor sees beyond them. Rows of a tile beyond
+    the last one hold what memory holds there, and are computed for nothing."""
+    context, task, thread, threads = args
+    b = kit.b
+    rows = row_count(kit, context, task)
+    row_bytes = quantized_bytes(op.k, 0)
+    w, scales = kit.pointer(task, TASK_ARGS + 2), kit.pointer(task, TASK_ARGS + 3)
+    most, nr = tiles.ROWS, tiles.BLOCKS
+    tile = kit.scratch(VI, 2 * nr * most)
+    steps = op.k // tiles.TILE_BYTES
+    lines = nr * op.k * LANES // LINE_BYTES
+    # The next panel is asked for while this one is used, a part with each block of rows.
+    turns = b.sdiv(b.add(rows, kit.i64(most - 1)), kit.i64(most))
+
+    def row_of(first: Value, m: Value) -> Value:
+        return kit.at(x, b.mul(b.add(first, m), kit.i64(row_bytes)))
+
+    def panel(p: Value) -> None:
+        block = b.mul(p, kit.i64(nr))
+        weights = kit.at(w, b.mul(block, kit.i64(op.k * LANES)))
+        at = b.mul(block, kit.i64(LANES))
+        weight_scales = [
+            kit.load(kit.item(scales, b.add(at, kit.i64(n * LANES)), F32), VF) for n in range(nr)
+        ]
+
+        def fetch(line: Value) -> None:
+            kit.prefetch(kit.at(weights, b.mul(b.add(line, kit.i64(lines)), kit.i64(LINE_BYTES))))
+
+        def finish_rows(first: Value, bounds: tuple[Value, Value], into: Value) -> None:
+            def done(m: Value) -> None:
+                row = row_of(first, m)
+                scale = kit.splat(kit.load(kit.at(row, op.k), F32))
+                start = kit.splat(kit.load(kit.at(row, op.k + 4), I32))
+                ys = []
+                for n in range(nr):
+                    sums = kit.load(kit.item(into, b.add(m, kit.i64(n * most)), VI), VI, align=64)
+                    y = b.sitofp(b.add(sums, start), VF)
+                    ys.append(b.fmul(y, b.fmul(scale, weight_scales[n])))
+                finish(kit, op, ys, block, b.add(first, m), task, nr)
+
+            kit.each(*bounds, done)
+
+        def some(first: Value, before: list[Value]) -> list[Value]:
+            earlier, done, side = before
+            left = b.sub(rows, first)
+            count = b.select(b.icmp_signed("<", left, kit.i64(most)), left, kit.i64(most))
+            kit.each(kit.i64(0), count, lambda m: expect(kit, op, block, b.add(first, m), task, nr))
+            kit.each(*split(kit, kit.i64(lines), b.sdiv(first, kit.i64(most)), turns), fetch)
+            kept = kit.item(tile, b.mul(b.sub(kit.i64(1), side), kit.i64(nr * most)), VI)
+            into = kit.item(tile, b.mul(side, kit.i64(nr * most)), VI)
+
+            def between(s: Value) -> None:
+                finish_rows(earlier, split(kit, done, s, kit.i64(steps)), kept)
+
+            def product(size: int) -> None:
+                xs = row_of(first, kit.i64(0))
+                tiles.multiply(kit, size, xs, kit.i64(row_bytes), weights, steps, between)
+                tiles.keep(kit, size, into)
+
+            with b.if_else(b.icmp_signed(">", count, kit.i64(tiles.TILE_ROWS))) as (two, one):
+                with two:
+                    product(2 * tiles.TILE_ROWS)
+                with one:
+                    product(tiles.TILE_ROWS)
+            return [first, count, b.sub(kit.i64(1), side)]
+
+        none = [kit.i64(0)] * 3
+        first, count, other = kit.loop(kit.i64(0), rows, most, none, some)
+        last = kit.item(tile, b.mul(b.sub(kit.i64(1), other), kit.i64(nr * most)), VI)
+        finish_rows(first, (kit.i64(0), count), last)
+
+    kit.each(*split(kit, kit.i64(op.blocks // nr), thread, threads), panel)

@@ -65,7 +65,7 @@ def microkernel(kit: Kit, mr: int, block_format: str) -> Value:
             lines = _lines(kit, here, block_format)
             totals = [kit.load(kit.item(t, g, I32), I32) for t in row_totals]
             sums = []
-            split_k = 2 * mr <= SHAPES[kit.target.name].sums and mr <= CHAINS_ROWS
+            split_k = 2 * mr <= SHAPES[kit.target.vectors].sums and mr <= CHAINS_ROWS
             for m in range(mr):
                 start = b.mul(totals[m], kit.i32(-bias)) if kit.biased and bias else kit.i32(0)
                 chains = [kit.splat(start), *([kit.vi(0)] if split_k else [])]
@@ -100,7 +100,7 @@ def microkernel(kit: Kit, mr: int, block_format: str) -> Value:
 
 def linear(kit: Kit, name: str, op: Linear) -> None:
     """args: out, x, weights, scales half [N/16][K/32][16], bias, residual, minima as scales."""
-    most = ROWS[kit.target.name]
+    most = ROWS[kit.target.vectors]
     groups = op.k // GROUP
     row_bytes = quantized_bytes(op.k, GROUP)
     nr = 2 if op.epilogue == "swiglu" else 1  # gate and up stand in neighbouring blocks

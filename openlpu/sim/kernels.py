@@ -277,7 +277,7 @@ def _interleave(kit: Kit, a: Value, c: Value, first: int) -> Value:
 def _shuffle_chunk(kit: Kit, target: Value, source: Value, table: Value) -> None:
     """target[i] = source[i - i % 16 + table[i]], 0 where table[i] is 128; CHUNK lanes."""
     half = ir.VectorType(I8, 32)
-    name = kit.target.name
+    name = kit.target.vectors
     if name == "avx512":
         lanes, places = kit.load(source, BLOCK), kit.load(table, BLOCK)
         kit.store(kit.intrinsic("llvm.x86.avx512.pshuf.b.512", BLOCK, [lanes, places]), target)

@@ -102,7 +102,7 @@ def _stamp(r: Record) -> None:
 def _dot(kit: Kit, sums: Value, weights: Value, x: Value) -> Value:
     """sums[i] += the products of bytes 4i .. 4i+3, all signed; see _excess."""
     b = kit.b
-    if kit.target.name == "avx512":
+    if kit.target.vectors == "avx512":
         moved = b.xor(weights, ir.Constant(BLOCK, [-128] * CHUNK))
         return kit.intrinsic("llvm.x86.avx512.vpdpbusd.512", VI, [sums, moved, x])
     # Pairs of products do not fit 16 bits: (-128 * -128) * 2 = 2**15.
@@ -120,7 +120,7 @@ def _dot(kit: Kit, sums: Value, weights: Value, x: Value) -> Value:
 def _excess(kit: Kit, x: Sequence[Value]) -> Value | None:
     """What _dot adds too much to every column, in all lanes: 128 * sum(x) where it takes weights as
     unsigned bytes, weight + 128. x: chunks of the activations, zero beyond the lanes."""
-    if kit.target.name != "avx512":
+    if kit.target.vectors != "avx512":
         return None
     total = kit.vi(0)
     ones = ir.Constant(BLOCK, [1] * CHUNK)
@@ -219,7 +219,7 @@ def _act_rows(r: Record) -> None:
     accumulator = _Accumulator(r, _excess(kit, _activations(r)))
     tile, source, blocks = _tile(r), r.vector(1), r.array(Context.BLOCKS)
     vectors = shape.padded // LANES
-    most = _SUMS.get(kit.target.name, _FEW_SUMS)
+    most = _SUMS.get(kit.target.vectors, _FEW_SUMS)
     width = next(n for n in range(min(most, vectors), 0, -1) if vectors % n == 0)
     quads = shape.loads // _ROWS
 
