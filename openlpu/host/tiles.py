@@ -36,14 +36,18 @@ def _call(kit: Kit, name: str, args: list[Value]) -> None:
     kit.b.call(kit.external(f"llvm.x86.{name}", ir.VoidType(), [a.type for a in args]), args)
 
 
-def configure(kit: Kit) -> None:
-    """Give this thread's eight tiles their full size; `release` when done."""
-    kind = ir.ArrayType(I8, 64)
-    shape = kit.defined("tile_shapes")
+def configure(kit: Kit, depth: int = TILE_BYTES) -> None:
+    """Give this thread's eight tiles their size; `release` when done. Tiles 4 and 5 are for
+    activations, `depth` values of k, 6 and 7 for as many lines of weights, the others for sums."""
+    kind, name = ir.ArrayType(I8, 64), f"tile_shapes_{depth}"
+    shape = kit.defined(name)
     if shape is None:
-        shape = ir.GlobalVariable(kit.module, kind, "tile_shapes")
+        shape = ir.GlobalVariable(kit.module, kind, name)
         shape.linkage, shape.global_constant, shape.align = "internal", True, 64
-        sizes = [1, *[0] * 15, *[TILE_BYTES, 0] * 8, *[0] * 16, *[TILE_ROWS] * 8, *[0] * 8]
+        widths = [TILE_BYTES] * 4 + [depth] * 2 + [TILE_BYTES] * 2
+        heights = [TILE_ROWS] * 6 + [depth // 4] * 2
+        pairs = [byte for width in widths for byte in (width, 0)]
+        sizes = [1, *[0] * 15, *pairs, *[0] * 16, *heights, *[0] * 8]
         shape.initializer = ir.Constant(kind, bytearray(sizes))
     _call(kit, "ldtilecfg", [kit.b.gep(shape, [kit.i64(0)], source_etype=I8)])
 
@@ -82,6 +86,16 @@ def multiply(
         between(s)
 
     kit.each(kit.i64(0), kit.i64(steps), body)
+
+
+def multiply_group(kit: Kit, x: Value, ldx: int, lines: Value, into: Value) -> None:
+    """into int32 [16][16] = x, 16 rows of signed bytes, times signed lines."""
+    line = kit.i64(TILE_BYTES)
+    _call(kit, "tileloadd64", [_tile(6), lines, line])
+    _call(kit, "tileloadd64", [_tile(4), x, kit.i64(ldx)])
+    _call(kit, "tilezero", [_tile(0)])
+    _call(kit, "tdpbssd", [_tile(0), _tile(4), _tile(6)])
+    _call(kit, "tilestored64", [_tile(0), into, line])
 
 
 def keep(kit: Kit, rows: int, into: Value) -> None:
