@@ -165,6 +165,29 @@ def test_windows_of_whole_pages_and_edges(
             assert same_bits(host.step(step), reference.step(step))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])  # a window; one K/V head
+def test_neighbours_at_any_distance(family: str, threads: int, store: Store) -> None:
+    """Rows that stand side by side in a step see different chunks: pieces of several prompts,
+    single rows of long contexts among them, in any order."""
+    compiled = random_model(family)
+    reference = compiled.reference()
+    rng = np.random.default_rng(3)
+    known = dict.fromkeys(range(4), 0)
+    with closing(host_of(compiled, store, threads=threads)) as host:
+        for step in range(9):
+            rows: list[tuple[int, int, int]] = []
+            for slot in rng.permutation(len(known)).tolist():
+                count = min(int(rng.choice([0, 1, 2, 40, 250])), 512 - len(rows))
+                tokens = rng.integers(0, VOCABULARY, count).tolist()
+                rows += [(token, known[slot] + i, slot) for i, token in enumerate(tokens)]
+                known[slot] += count
+            if rows:
+                got, expected = (side.step(batch(rows)) for side in (host, reference))
+                assert same_bits(got, expected), step
+    assert max(known.values()) > 2 * 320  # several chunks
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])  # a window; one K/V head
 def test_threads_share_the_chunks_of_a_long_context(family: str, store: Store) -> None:
     """Few rows far from the beginning: one, drafts, several sequences, more threads than chunks."""

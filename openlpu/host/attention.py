@@ -19,6 +19,8 @@ from openlpu.host.kernels import Attention
 from openlpu.host.layout import APART_ROWS, TASK_ARGS, Context, head_bytes, padded
 from openlpu.host.rows import columns, correction, my_rows, normalize, quantize_span, split
 
+NEIGHBOURS = 16  # rows that go through the chunks together, at most
+UNITS = 4  # of such rows and one head, at least, for each thread
 # Task arguments after TASK_ARGS: out, q, k, v, quantized queries, layer, q gain, k gain.
 _OUT, _Q, _K, _V, _QUERIES, _LAYER, _Q_GAIN, _K_GAIN = (TASK_ARGS + i for i in range(8))
 
@@ -218,23 +220,62 @@ def attend(kit: Kit, name: str, op: Attention) -> None:
 
 
 def _attend_whole(kit: Kit, op: Attention, args: tuple[Value, ...], part: Value) -> None:
-    """A unit's chunks one after the other, merged at once."""
-    context, task = args[0], args[1]
+    """Neighbouring rows go through the chunks side by side, so that a chunk that one row has read
+    is in a near cache for the others; each row's chunks are merged at once, in order."""
+    context, task, thread, threads = args
     b = kit.b
-    total, later = State.scratch(kit, op), State.scratch(kit, op)
+    rows, heads = kit.field(context, Context.ROWS), kit.i64(op.kv_heads)
+    totals, later = kit.scratch(I8, NEIGHBOURS * op.part_bytes), State.scratch(kit, op)
 
-    def unit(row: Value, head: Value) -> None:
-        first, chunks = _chunks(kit, op, context, row)
+    # Enough units for all threads; where no barrier stands after `install`, its own units.
+    size = b.sdiv(b.mul(rows, heads), b.mul(threads, kit.i64(UNITS)))
+    size = b.select(b.icmp_signed("<", size, kit.i64(NEIGHBOURS)), size, kit.i64(NEIGHBOURS))
+    shared = b.icmp_signed("!=", kit.field(context, Context.SHARED_KV), kit.i64(0))
+    several = b.and_(shared, b.icmp_signed(">", size, kit.i64(1)))
+    size = b.select(several, size, kit.i64(1))
 
-        def one(i: Value) -> None:
-            b.call(part, [context, task, row, head, b.add(first, i), later.base])
-            merge_chunk(kit, op, total, later)
+    def total(i: Value) -> State:
+        return State(kit, op, kit.at(totals, b.mul(i, kit.i64(op.part_bytes))))
 
-        b.call(part, [context, task, row, head, first, total.base])
-        kit.each(kit.i64(1), chunks, one)
-        _finish(kit, op, task, row, head, total)
+    def unit(u: Value) -> None:
+        start, head = b.mul(b.sdiv(u, heads), size), b.srem(u, heads)
+        left = b.sub(rows, start)
+        count = b.select(b.icmp_signed("<", left, size), left, size)
 
-    _units(kit, op, args, unit)
+        def reach(i: Value, ends: list[Value]) -> list[Value]:
+            first, chunks = _chunks(kit, op, context, b.add(start, i))
+            end = b.add(first, chunks)
+            return [
+                b.select(b.icmp_signed("<", first, ends[0]), first, ends[0]),
+                b.select(b.icmp_signed(">", end, ends[1]), end, ends[1]),
+            ]
+
+        nothing = [kit.i64(1 << 32), kit.i64(0)]
+        low, high = kit.loop(kit.i64(0), count, 1, nothing, reach)
+
+        def chunk(index: Value) -> None:
+            def one(i: Value) -> None:
+                row = b.add(start, i)
+                first, chunks = _chunks(kit, op, context, row)
+                within = b.icmp_unsigned("<", b.sub(index, first), chunks)
+                is_first = b.icmp_signed("==", index, first)
+                into = b.select(is_first, total(i).base, later.base)
+                with b.if_then(within):
+                    b.call(part, [context, task, row, head, index, into])
+                    with b.if_then(b.not_(is_first)):
+                        merge_chunk(kit, op, total(i), later)
+
+            kit.each(kit.i64(0), count, one)
+
+        kit.each(low, high, chunk)
+        kit.each(
+            kit.i64(0),
+            count,
+            lambda i: _finish(kit, op, task, b.add(start, i), head, total(i)),
+        )
+
+    groups = b.sdiv(b.add(rows, b.sub(size, kit.i64(1))), size)
+    kit.each(thread, b.mul(groups, heads), unit, step=threads)
 
 
 def _attend_apart(

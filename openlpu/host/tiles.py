@@ -57,6 +57,26 @@ def release(kit: Kit) -> None:
     _call(kit, "tilerelease", [])
 
 
+def load(kit: Kit, tile: int, pointer: Value, stride_bytes: Value) -> None:
+    """Rows that lie so many bytes apart."""
+    _call(kit, "tileloadd64", [_tile(tile), pointer, stride_bytes])
+
+
+def store(kit: Kit, tile: int, pointer: Value) -> None:
+    """Rows side by side: int32 [16][16]."""
+    _call(kit, "tilestored64", [_tile(tile), pointer, kit.i64(TILE_BYTES)])
+
+
+def zero(kit: Kit, tile: int) -> None:
+    _call(kit, "tilezero", [_tile(tile)])
+
+
+def add_product(kit: Kit, sums: int, x: int, lines: int, *, signed: bool = False) -> None:
+    """sums += x . lines: x of signed bytes, lines of unsigned ones unless they are signed."""
+    name = "tdpbssd" if signed else "tdpbsud"
+    _call(kit, name, [_tile(sums), _tile(x), _tile(lines)])
+
+
 def multiply(
     kit: Kit,
     rows: int,
@@ -72,17 +92,17 @@ def multiply(
     line = kit.i64(TILE_BYTES)
     tops = [kit.at(x, b.mul(ldx, kit.i64(m * TILE_ROWS))) for m in range(rows // TILE_ROWS)]
     for number in range(BLOCKS * len(tops)):
-        _call(kit, "tilezero", [_tile(number)])
+        zero(kit, number)
 
     def body(s: Value) -> None:
         for n in range(BLOCKS):
             at = b.add(b.mul(s, kit.i64(STEP)), kit.i64(n * steps * STEP))
-            _call(kit, "tileloadd64", [_tile(6 + n), kit.at(w, at), line])
+            load(kit, 6 + n, kit.at(w, at), line)
         for m, top in enumerate(tops):
             at = kit.at(top, b.mul(s, kit.i64(TILE_BYTES)))
-            _call(kit, "tileloadd64", [_tile(4 + m), at, ldx])
+            load(kit, 4 + m, at, ldx)
             for n in range(BLOCKS):
-                _call(kit, "tdpbsud", [_tile(2 * m + n), _tile(4 + m), _tile(6 + n)])
+                add_product(kit, 2 * m + n, 4 + m, 6 + n)
         between(s)
 
     kit.each(kit.i64(0), kit.i64(steps), body)
@@ -90,17 +110,15 @@ def multiply(
 
 def multiply_group(kit: Kit, x: Value, ldx: int, lines: Value, into: Value) -> None:
     """into int32 [16][16] = x, 16 rows of signed bytes, times signed lines."""
-    line = kit.i64(TILE_BYTES)
-    _call(kit, "tileloadd64", [_tile(6), lines, line])
-    _call(kit, "tileloadd64", [_tile(4), x, kit.i64(ldx)])
-    _call(kit, "tilezero", [_tile(0)])
-    _call(kit, "tdpbssd", [_tile(0), _tile(4), _tile(6)])
-    _call(kit, "tilestored64", [_tile(0), into, line])
+    load(kit, 6, lines, kit.i64(TILE_BYTES))
+    load(kit, 4, x, kit.i64(ldx))
+    zero(kit, 0)
+    add_product(kit, 0, 4, 6, signed=True)
+    store(kit, 0, into)
 
 
 def keep(kit: Kit, rows: int, into: Value) -> None:
-    """Store the sums, int32 [2][32][16]."""
+    """Store the sums of `multiply`, int32 [2][32][16]."""
     for m in range(rows // TILE_ROWS):
         for n in range(BLOCKS):
-            at = kit.at(into, (n * ROWS + m * TILE_ROWS) * LANES * 4)
-            _call(kit, "tilestored64", [_tile(2 * m + n), at, kit.i64(TILE_BYTES)])
+            store(kit, 2 * m + n, kit.at(into, (n * ROWS + m * TILE_ROWS) * LANES * 4))
