@@ -178,7 +178,8 @@ def test_neighbours_at_any_distance(family: str, threads: int, store: Store) -> 
         for step in range(9):
             rows: list[tuple[int, int, int]] = []
             for slot in rng.permutation(len(known)).tolist():
-                count = min(int(rng.choice([0, 1, 2, 40, 250])), 512 - len(rows))
+                room = min(512 - len(rows), 1000 - known[slot])
+                count = min(int(rng.choice([0, 1, 2, 40, 250])), room)
                 tokens = rng.integers(0, VOCABULARY, count).tolist()
                 rows += [(token, known[slot] + i, slot) for i, token in enumerate(tokens)]
                 known[slot] += count
