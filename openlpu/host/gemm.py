@@ -289,8 +289,8 @@ def _linear_in_tiles(kit: Kit, op: Linear, args: tuple[Value, ...], x: Value) ->
     most, nr = tiles.ROWS, tiles.BLOCKS
     tile = kit.scratch(VI, 2 * nr * most)
     steps = op.k // tiles.TILE_BYTES
-    lines = nr * op.k * LANES // LINE_BYTES
     # The next panel is asked for while this one is used, a part with each block of rows.
+    lines = nr * tiles.STEP // LINE_BYTES  # of each step
     turns = b.sdiv(b.add(rows, kit.i64(most - 1)), kit.i64(most))
 
     def row_of(first: Value, m: Value) -> Value:
@@ -305,7 +305,7 @@ def _linear_in_tiles(kit: Kit, op: Linear, args: tuple[Value, ...], x: Value) ->
         ]
 
         def fetch(line: Value) -> None:
-            kit.prefetch(kit.at(weights, b.mul(b.add(line, kit.i64(lines)), kit.i64(LINE_BYTES))))
+            kit.prefetch(kit.at(weights, b.mul(line, kit.i64(LINE_BYTES))))
 
         def finish_rows(first: Value, bounds: tuple[Value, Value], into: Value) -> None:
             def done(m: Value) -> None:
@@ -326,11 +326,13 @@ def _linear_in_tiles(kit: Kit, op: Linear, args: tuple[Value, ...], x: Value) ->
             left = b.sub(rows, first)
             count = b.select(b.icmp_signed("<", left, kit.i64(most)), left, kit.i64(most))
             kit.each(kit.i64(0), count, lambda m: expect(kit, op, block, b.add(first, m), task, nr))
-            kit.each(*split(kit, kit.i64(lines), b.sdiv(first, kit.i64(most)), turns), fetch)
+            of_a_step = split(kit, kit.i64(lines), b.sdiv(first, kit.i64(most)), turns)
             kept = kit.item(tile, b.mul(b.sub(kit.i64(1), side), kit.i64(nr * most)), VI)
             into = kit.item(tile, b.mul(side, kit.i64(nr * most)), VI)
 
             def between(s: Value) -> None:
+                ahead = b.mul(b.add(s, kit.i64(steps)), kit.i64(lines))
+                kit.each(*of_a_step, lambda line: fetch(b.add(ahead, line)))
                 finish_rows(earlier, split(kit, done, s, kit.i64(steps)), kept)
 
             def product(size: int) -> None:
