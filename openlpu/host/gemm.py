@@ -278,9 +278,9 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
 
 
 def _linear_in_tiles(kit: Kit, op: Linear, args: tuple[Value, ...], x: Value) -> None:
-    """Panels of two blocks. The sums of some rows are finished while the tiles of the next ones are
-    multiplied: those instructions are few, so the processor sees beyond them. Rows of a tile beyond
-    the last one hold what memory holds there, and are computed for nothing."""
+    """Panels of two blocks. Sums are finished while the next tiles are multiplied: those
+    instructions are few, so the processor sees beyond them. Rows of a tile beyond the last one hold
+    what memory holds there, and are computed for nothing."""
     context, task, thread, threads = args
     b = kit.b
     rows = row_count(kit, context, task)
@@ -296,60 +296,65 @@ def _linear_in_tiles(kit: Kit, op: Linear, args: tuple[Value, ...], x: Value) ->
     def row_of(first: Value, m: Value) -> Value:
         return kit.at(x, b.mul(b.add(first, m), kit.i64(row_bytes)))
 
-    def panel(p: Value) -> None:
-        block = b.mul(p, kit.i64(nr))
-        weights = kit.at(w, b.mul(block, kit.i64(op.k * LANES)))
+    def side_of(side: Value) -> Value:
+        return kit.item(tile, b.mul(side, kit.i64(nr * most)), VI)
+
+    def finish_rows(block: Value, first: Value, bounds: tuple[Value, Value], kept: Value) -> None:
         at = b.mul(block, kit.i64(LANES))
         weight_scales = [
             kit.load(kit.item(scales, b.add(at, kit.i64(n * LANES)), F32), VF) for n in range(nr)
         ]
 
-        def fetch(line: Value) -> None:
-            kit.prefetch(kit.at(weights, b.mul(line, kit.i64(LINE_BYTES))))
+        def done(m: Value) -> None:
+            row = row_of(first, m)
+            scale = kit.splat(kit.load(kit.at(row, op.k), F32))
+            start = kit.splat(kit.load(kit.at(row, op.k + 4), I32))
+            ys = []
+            for n in range(nr):
+                sums = kit.load(kit.item(kept, b.add(m, kit.i64(n * most)), VI), VI, align=64)
+                y = b.sitofp(b.add(sums, start), VF)
+                ys.append(b.fmul(y, b.fmul(scale, weight_scales[n])))
+            finish(kit, op, ys, block, b.add(first, m), task, nr)
 
-        def finish_rows(first: Value, bounds: tuple[Value, Value], into: Value) -> None:
-            def done(m: Value) -> None:
-                row = row_of(first, m)
-                scale = kit.splat(kit.load(kit.at(row, op.k), F32))
-                start = kit.splat(kit.load(kit.at(row, op.k + 4), I32))
-                ys = []
-                for n in range(nr):
-                    sums = kit.load(kit.item(into, b.add(m, kit.i64(n * most)), VI), VI, align=64)
-                    y = b.sitofp(b.add(sums, start), VF)
-                    ys.append(b.fmul(y, b.fmul(scale, weight_scales[n])))
-                finish(kit, op, ys, block, b.add(first, m), task, nr)
+        kit.each(*bounds, done)
 
-            kit.each(*bounds, done)
+    def panel(p: Value, before: list[Value]) -> list[Value]:
+        block = b.mul(p, kit.i64(nr))
+        weights = kit.at(w, b.mul(block, kit.i64(op.k * LANES)))
 
         def some(first: Value, before: list[Value]) -> list[Value]:
-            earlier, done, side = before
+            earlier_block, earlier, done, side = before
             left = b.sub(rows, first)
             count = b.select(b.icmp_signed("<", left, kit.i64(most)), left, kit.i64(most))
             kit.each(kit.i64(0), count, lambda m: expect(kit, op, block, b.add(first, m), task, nr))
             of_a_step = split(kit, kit.i64(lines), b.sdiv(first, kit.i64(most)), turns)
-            kept = kit.item(tile, b.mul(b.sub(kit.i64(1), side), kit.i64(nr * most)), VI)
-            into = kit.item(tile, b.mul(side, kit.i64(nr * most)), VI)
+            other = b.sub(kit.i64(1), side)
 
             def between(s: Value) -> None:
                 ahead = b.mul(b.add(s, kit.i64(steps)), kit.i64(lines))
-                kit.each(*of_a_step, lambda line: fetch(b.add(ahead, line)))
-                finish_rows(earlier, split(kit, done, s, kit.i64(steps)), kept)
+
+                def fetch(line: Value) -> None:
+                    at = b.mul(b.add(ahead, line), kit.i64(LINE_BYTES))
+                    kit.prefetch(kit.at(weights, at))
+
+                kit.each(*of_a_step, fetch)
+                share = split(kit, done, s, kit.i64(steps))
+                finish_rows(earlier_block, earlier, share, side_of(other))
 
             def product(size: int) -> None:
                 xs = row_of(first, kit.i64(0))
                 tiles.multiply(kit, size, xs, kit.i64(row_bytes), weights, steps, between)
-                tiles.keep(kit, size, into)
+                tiles.keep(kit, size, side_of(side))
 
             with b.if_else(b.icmp_signed(">", count, kit.i64(tiles.TILE_ROWS))) as (two, one):
                 with two:
                     product(2 * tiles.TILE_ROWS)
                 with one:
                     product(tiles.TILE_ROWS)
-            return [first, count, b.sub(kit.i64(1), side)]
+            return [block, first, count, other]
 
-        none = [kit.i64(0)] * 3
-        first, count, other = kit.loop(kit.i64(0), rows, most, none, some)
-        last = kit.item(tile, b.mul(b.sub(kit.i64(1), other), kit.i64(nr * most)), VI)
-        finish_rows(first, (kit.i64(0), count), last)
+        return kit.loop(kit.i64(0), rows, most, before, some)
 
-    kit.each(*split(kit, kit.i64(op.blocks // nr), thread, threads), panel)
+    bounds = split(kit, kit.i64(op.blocks // nr), thread, threads)
+    block, first, count, side = kit.loop(*bounds, 1, [kit.i64(0)] * 4, panel)
+    finish_rows(block, first, (kit.i64(0), count), side_of(b.sub(kit.i64(1), side)))
