@@ -24,6 +24,9 @@ LINE_BYTES = 64
 # From so many rows on, the next panel is fetched while this one is used: the sums of a line then
 # fill the processor's window, and it no longer runs ahead to the next lines by itself.
 FETCH_ROWS = 3
+# With fewer, processors that have tiles (Intel's) want to be asked: their own prefetching ends with
+# each page of 4 KiB. Others are faster when left alone.
+AHEAD_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,13 @@ def summed(
     return totals
 
 
+def ahead(kit: Kit, rows: int, panel_bytes: Value) -> Value | None:
+    """How many bytes further weights are asked for, if at all."""
+    if rows >= FETCH_ROWS:
+        return panel_bytes
+    return kit.i64(AHEAD_BYTES) if kit.target.tiles else None
+
+
 def microkernel(kit: Kit, mr: int, nr: int) -> Value:
     """tile[mr][nr*16] += x[mr][K] . w panel: x int8 rows `ldx` bytes apart."""
     name = f"micro_{mr}x{nr}"
@@ -100,8 +110,8 @@ def microkernel(kit: Kit, mr: int, nr: int) -> Value:
         rows = [kit.at(x, b.mul(ldx, kit.i64(m))) for m in range(mr)]
         tiles = [kit.item(tile, i * LANES, I32) for i in range(mr * nr)]
         start = [kit.load(t, VI) for t in tiles]
-        panel_bytes = b.mul(block_bytes, kit.i64(nr)) if mr >= FETCH_ROWS else None
-        for total, t in zip(summed(kit, rows, streams, k4, start, panel_bytes), tiles, strict=True):
+        further = ahead(kit, mr, b.mul(block_bytes, kit.i64(nr)))
+        for total, t in zip(summed(kit, rows, streams, k4, start, further), tiles, strict=True):
             kit.store(total, t)
     return kit.module.globals[name]
 
@@ -264,12 +274,13 @@ def linear(kit: Kit, name: str, op: Linear) -> None:
             bounds = split(kit, kit.i64(op.blocks // nr), thread, threads)
             panels(kit, nr, most, bounds, rows, body)
 
-        few = b.icmp_signed("<=", rows, kit.i64(shape.few_rows))
+        in_tiles = kit.target.tiles and tiles.fits(op)
+        few = b.icmp_signed("<=", rows, kit.i64(tiles.FEW_ROWS if in_tiles else shape.few_rows))
         with b.if_else(few) as (then, otherwise):
             with then:
                 emit(True)
             with otherwise:
-                if kit.target.tiles and tiles.fits(op):
+                if in_tiles:
                     tiles.configure(kit)
                     _linear_in_tiles(kit, op, args, x)
                     tiles.release(kit)

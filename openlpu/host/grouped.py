@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from openlpu.host import tiles
 from openlpu.host.emit import BLOCK, F32, I8, I32, I64, LANES, PTR, VF, VI, Kit, Value
-from openlpu.host.gemm import FETCH_ROWS, SHAPES, dispatch, finish, panels
+from openlpu.host.gemm import SHAPES, ahead, dispatch, finish, panels
 from openlpu.host.kernels import Linear
 from openlpu.host.layout import BIAS, TASK_ARGS, group_bytes, quantized_bytes
 from openlpu.host.rows import own_copy, row_count, split
@@ -67,12 +67,12 @@ def microkernel(kit: Kit, mr: int, block_format: str) -> Value:
         rows = [kit.at(x, b.mul(ldx, kit.i64(m))) for m in range(mr)]
         row_scales = [kit.at(row, b.mul(groups, kit.i64(GROUP))) for row in rows]
         row_totals = [kit.at(row, b.mul(groups, kit.i64(4))) for row in row_scales]
-        block_bytes = b.mul(groups, kit.i64(size))
+        further = ahead(kit, mr, b.mul(groups, kit.i64(size)))
 
         def body(g: Value, ys: list[Value]) -> list[Value]:
             here = kit.at(w, b.mul(g, kit.i64(size)))
-            for at in range(0, size if mr >= FETCH_ROWS else 0, LINE_BYTES):
-                kit.prefetch(kit.at(here, b.add(block_bytes, kit.i64(at))))
+            for at in range(0, size if further is not None else 0, LINE_BYTES):
+                kit.prefetch(kit.at(here, b.add(further, kit.i64(at))))
             lines = _lines(kit, here, block_format)
             totals = [kit.load(kit.item(t, g, I32), I32) for t in row_totals]
             sums = []

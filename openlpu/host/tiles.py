@@ -21,6 +21,7 @@ TILE_BYTES = 64  # of a row: values of k, or int32 sums
 STEP = TILE_ROWS * TILE_BYTES  # bytes of one tile of weights: 64 values of k of a block
 ROWS = 2 * TILE_ROWS  # of one call
 BLOCKS = 2
+FEW_ROWS = 4  # up to which vectors keep pace with memory
 
 
 def fits(op: Linear) -> bool:
