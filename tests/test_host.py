@@ -328,6 +328,19 @@ def test_float_graphs_and_unknown_targets_are_refused_by_name() -> None:
         jit.select("sse9")
 
 
+@pytest.mark.skipif("amx" not in jit.available(), reason="this processor has no amx")
+def test_tiles_that_the_system_refuses_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "_may_use_tiles", lambda: False)
+    jit.available.cache_clear()
+    try:
+        assert jit.select("auto").name == "avx512"
+        with pytest.raises(UnsupportedTarget, match="cannot run the amx kernels"):
+            jit.select("amx")
+    finally:
+        monkeypatch.undo()
+        jit.available.cache_clear()
+
+
 def test_an_overflow_is_all_nan_and_spares_the_neighbours(store: Store) -> None:
     """A row that leaves the finite range says so; the step's other rows keep their bits."""
     compiled = random_model("llama")
