@@ -20,7 +20,7 @@ from openlpu.host.layout import APART_ROWS, TASK_ARGS, Context, head_bytes, padd
 from openlpu.host.rows import columns, correction, my_rows, normalize, quantize_span, split
 
 NEIGHBOURS = 16  # rows that go through the chunks together, at most
-UNITS = 4  # of such rows and one head, at least, for each thread
+UNITS = 16  # of such rows and one head, at least, for each thread
 # Task arguments after TASK_ARGS: out, q, k, v, quantized queries, layer, q gain, k gain.
 _OUT, _Q, _K, _V, _QUERIES, _LAYER, _Q_GAIN, _K_GAIN = (TASK_ARGS + i for i in range(8))
 
