@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -20,6 +21,7 @@ from openlpu.engine.families import FAMILIES, random_model, random_weights
 from openlpu.errors import GraphError, RequestError, UnsupportedTarget
 from openlpu.graph import Batch, Param, Tensor
 from openlpu.host import HostModel, build
+from openlpu.host.codegen import build_ir
 from openlpu.host.layout import APART_ROWS, MAX_ROWS
 from openlpu.host.plan import make_plan
 from openlpu.load.config import ModelConfig
@@ -90,6 +92,14 @@ def block_model(family: str, encoding: str, config: ModelConfig | None = None) -
     return compile_weights(config, weights, precision="w4")
 
 
+def tile_model(precision: str) -> Compiled:
+    """A random model whose every K is a multiple of 64, a tile's; with biases."""
+    config = replace(FAMILIES["qwen2"], dim=192, ffn_dim=320, head_dim=64)
+    if precision == "w8":
+        return random_model("qwen2", config=config)
+    return block_model("qwen2", precision, config)
+
+
 @pytest.mark.parametrize("precision", ["w8", "q4_0", "q4_1", "q8_0"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -115,12 +125,7 @@ def test_host_equals_reference(family: str, precision: str, kernels: str, store:
 @pytest.mark.parametrize("precision", ["w8", "q4_0", "q4_1", "q8_0"])
 def test_tiles_of_any_number_of_rows(precision: str, store: Store) -> None:
     """Tiles that are full, and such that have rows of nobody; gate and up, residuals, biases."""
-    config = replace(FAMILIES["qwen2"], dim=192, ffn_dim=320, head_dim=64)
-    compiled = (
-        random_model("qwen2", config=config)
-        if precision == "w8"
-        else block_model("qwen2", precision, config)
-    )
+    compiled = tile_model(precision)
     reference = compiled.reference()
     with closing(host_of(compiled, store, kernels="amx", threads=2)) as host:
         for slot, rows in enumerate((4, 5, 8, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 130)):
@@ -326,6 +331,15 @@ def test_float_graphs_and_unknown_targets_are_refused_by_name() -> None:
         make_plan(random_model("llama").float_graph, 1)
     with pytest.raises(UnsupportedTarget, match="plain"):
         jit.select("sse9")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="LLVM targets this machine alone")
+@pytest.mark.parametrize(("precision", "product"), [("w8", "tdpbsud"), ("q4_1", "tdpbssd")])
+def test_tile_kernels_compile_where_there_are_no_tiles(precision: str, product: str) -> None:
+    compiled = tile_model(precision)
+    text = build_ir(make_plan(compiled.graph, 2).specs, jit.TARGETS["amx"])
+    assert product in text
+    assert jit.compile_ir(text, jit.TARGETS["amx"])
 
 
 @pytest.mark.skipif("amx" not in jit.available(), reason="this processor has no amx")

@@ -1,9 +1,9 @@
 """In: a Kit. Out: the two attention kernels: install (rope, quantize, append K/V) and attend.
 
-A unit of work is (row, kv head): the query heads of the group share every loaded line of K and V.
-While each sequence has one row in the step, the thread that installs a unit also attends it, so
-no barrier stands between. Few rows over long contexts are too few units for the threads, which
-then share the units' chunks.
+A unit of work is (row, kv head), or several neighbouring rows with one kv head: the query heads of
+the group share every loaded line of K and V. While each sequence has one row in the step, the
+thread that installs a unit also attends it, so no barrier stands between. Few rows over long
+contexts are too few units for the threads, which then share the units' chunks.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _OUT, _Q, _K, _V, _QUERIES, _LAYER, _Q_GAIN, _K_GAIN = (TASK_ARGS + i for i in r
 def _units(
     kit: Kit, op: Attention, args: tuple[Value, ...], body: Callable[[Value, Value], None]
 ) -> None:
-    """body(row, kv head) for the thread's units: unit u goes to thread u mod T, because later
-    rows cost more."""
+    """body(row, kv head) for the thread's units: unit u goes to thread u mod T, as in
+    `_attend_whole`, before which there may be no barrier."""
     context, _, thread, threads = args
     b = kit.b
     rows = kit.field(context, Context.ROWS)

@@ -108,11 +108,12 @@ def microkernel(kit: Kit, mr: int, nr: int) -> Value:
         block_bytes = b.mul(k4, kit.i64(LINE_BYTES))
         streams = [kit.at(w, b.mul(block_bytes, kit.i64(n))) for n in range(nr)]
         rows = [kit.at(x, b.mul(ldx, kit.i64(m))) for m in range(mr)]
-        tiles = [kit.item(tile, i * LANES, I32) for i in range(mr * nr)]
-        start = [kit.load(t, VI) for t in tiles]
+        places = [kit.item(tile, i * LANES, I32) for i in range(mr * nr)]
+        start = [kit.load(place, VI) for place in places]
         further = ahead(kit, mr, b.mul(block_bytes, kit.i64(nr)))
-        for total, t in zip(summed(kit, rows, streams, k4, start, further), tiles, strict=True):
-            kit.store(total, t)
+        totals = summed(kit, rows, streams, k4, start, further)
+        for total, place in zip(totals, places, strict=True):
+            kit.store(total, place)
     return kit.module.globals[name]
 
 
@@ -342,10 +343,10 @@ def _linear_in_tiles(kit: Kit, op: Linear, args: tuple[Value, ...], x: Value) ->
             other = b.sub(kit.i64(1), side)
 
             def between(s: Value) -> None:
-                ahead = b.mul(b.add(s, kit.i64(steps)), kit.i64(lines))
+                following = b.mul(b.add(s, kit.i64(steps)), kit.i64(lines))
 
                 def fetch(line: Value) -> None:
-                    at = b.mul(b.add(ahead, line), kit.i64(LINE_BYTES))
+                    at = b.mul(b.add(following, line), kit.i64(LINE_BYTES))
                     kit.prefetch(kit.at(weights, at))
 
                 kit.each(*of_a_step, fetch)
